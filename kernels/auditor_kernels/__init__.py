@@ -1,0 +1,1 @@
+"""Fused SAE encode + top-k."""
