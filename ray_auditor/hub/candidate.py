@@ -1,0 +1,129 @@
+"""The nouns of the hub: what a stranger's folder becomes once it is trusted, and the error when it is not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["adapter", "full"]
+RefusalStatus = Literal["rejected", "skipped", "deferred"]
+
+MAX_TEXT_CHARS = 400
+
+
+class CandidateError(Exception):
+    """A candidate that cannot be audited, for a reason that lies in its repository.
+
+    The text may quote the repository, so it is reduced to short printable ASCII: it ends in logs, terminals and
+    HTML.
+
+    Attributes:
+        status: `rejected` (the input is at fault), `skipped` (sound, but nothing this auditor audits) or
+            `deferred` (may be whole the next time it is looked at).
+        code: Short slug, such as `wrong_base`.
+        text: One sentence with the field, the value and the bound.
+    """
+
+    def __init__(self, status: RefusalStatus, code: str, text: str) -> None:
+        super().__init__(status, code, text)  # the arguments travel between processes by pickle
+        self.status: RefusalStatus = status
+        self.code = code
+        self.text = printable(text, MAX_TEXT_CHARS)
+
+    @property
+    def reason(self) -> str:
+        """`status:code: text`, as it is written in the summary."""
+        return f"{self.status}:{self.code}: {self.text}"
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def printable(text: str, max_chars: int) -> str:
+    """`text` in printable ASCII of at most `max_chars` characters, everything else escaped."""
+    ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
+    safe = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in ascii_text)
+    return safe if len(safe) <= max_chars else safe[: max_chars - 3] + "..."
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One finetune as it was found: nothing in it has been read yet."""
+
+    id: str  # [A-Za-z0-9._-], safe as a file name
+    path: Path
+    kind: Kind
+    num_bytes: int  # of its safetensors files: what the driver orders the queue by
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A sub-folder that is no candidate; `reason` reads `status:code: text`."""
+
+    id: str
+    status: RefusalStatus
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file at the time it was admitted; reading it later checks that it is still the same one."""
+
+    path: Path
+    num_bytes: int
+    inode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies: `file[start:end]`, contiguous, little endian, row major."""
+
+    dtype: str  # safetensors' name: F64, F32, F16, BF16, ...
+    shape: tuple[int, ...]
+    file: WeightFile
+    start: int  # bytes from the start of the file
+    end: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model every candidate is compared with; its folder is the user's own and is trusted to be the base."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+    content_sha256: str  # of the tensors that are read; equals a candidate's when their bytes are the same
+    key: str  # sha256 hex over content_sha256 and the config fields that change the computation
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One adapted linear layer: its output gains `scaling * B @ A @ x`."""
+
+    rank: int
+    scaling: float  # alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA
+    lora_A: str  # name in `Admitted.tensors` of the [rank, in_features] matrix
+    lora_B: str  # name in `Admitted.tensors` of the [out_features, rank] matrix
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """All an engine needs to apply an adapter, and to prove that it did, without the repository's config."""
+
+    rank: int  # largest over modules; 0 when nothing lies at or below the hook
+    modules: dict[str, LoraModule]  # by module name in the base: model.layers.0.self_attn.q_proj
+    base_model: str | None  # what the adapter says it was trained on; a claim, never resolved as a path
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A candidate whose files may be read: every tensor the audit reads, on the base's skeleton.
+
+    `tensors` keeps the names of the file: the base's names for full weights, `base_model.model.*` for an adapter.
+    """
+
+    candidate: Candidate
+    content_sha256: str  # over what is read only: the same bytes under another id share it
+    tensors: dict[str, TensorSpec]
+    lora: LoraSpec | None  # None for full weights
+    notes: tuple[str, ...]
