@@ -1,0 +1,215 @@
+"""The rows of one unit, and their bytes: an Arrow IPC file with sorted, delta-coded feature indices.
+
+Sorting and delta-coding under zstd stores an index row near its entropy; a reader accepts exactly the schema
+written here, metadata included, and never an Arrow extension type.
+"""
+
+# Shape suffixes: N scored tokens, K = kept features.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MAX_BATCH_ROWS = 65_536  # a reader can skip within a shard
+
+
+class ShardError(ValueError):
+    """A stored file is missing, damaged, or not of this release's schema; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The scored tokens of one unit, ordered by (suite, prompt, position), each once.
+
+    Attributes:
+        suite_N: int16, number of the suite.
+        prompt_N: int32, number of the prompt within its suite.
+        position_N: int32, position of the token within its prompt.
+        top_idx_NK: int32 features, ascending; -1 (inactive) last.
+        top_acts_NK: float32 activations in the order of `top_idx_NK`, 0 where inactive. A token whose
+            residual was not finite has -1 and NaN in its whole row.
+        fvu_err_N: float32, squared norm of the reconstruction error.
+        fvu_total_N: float32, squared norm of the residual less the decoder bias.
+    """
+
+    suite_N: npt.NDArray[np.int16]
+    prompt_N: npt.NDArray[np.int32]
+    position_N: npt.NDArray[np.int32]
+    top_idx_NK: npt.NDArray[np.int32]
+    top_acts_NK: npt.NDArray[np.float32]
+    fvu_err_N: npt.NDArray[np.float32]
+    fvu_total_N: npt.NDArray[np.float32]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.suite_N)
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return int(self.top_idx_NK.shape[1])
+
+    @classmethod
+    def from_unsorted(
+        cls,
+        suite_N: npt.ArrayLike,
+        prompt_N: npt.ArrayLike,
+        position_N: npt.ArrayLike,
+        top_idx_NK: npt.ArrayLike,
+        top_acts_NK: npt.ArrayLike,
+        fvu_err_N: npt.ArrayLike,
+        fvu_total_N: npt.ArrayLike,
+    ) -> "TokenRows":
+        """Build rows from any token order and any feature order within a row (as a top-k returns them)."""
+        suite_N, prompt_N = np.asarray(suite_N, np.int16), np.asarray(prompt_N, np.int32)
+        position_N = np.asarray(position_N, np.int32)
+        order_N = np.lexsort((position_N, prompt_N, suite_N))
+        idx_NK = np.asarray(top_idx_NK, np.int32)[order_N]
+        # as unsigned, -1 is the largest index and goes last
+        by_index_NK = np.argsort(idx_NK.view(np.uint32), axis=1, kind="stable")
+        return cls(
+            suite_N[order_N],
+            prompt_N[order_N],
+            position_N[order_N],
+            np.take_along_axis(idx_NK, by_index_NK, 1),
+            np.take_along_axis(np.asarray(top_acts_NK, np.float32)[order_N], by_index_NK, 1),
+            np.asarray(fvu_err_N, np.float32)[order_N],
+            np.asarray(fvu_total_N, np.float32)[order_N],
+        )
+
+    def check(self, *, k: int, d_sae: int) -> None:
+        """Raise ValueError naming the first rule above that these rows break."""
+        N, idx_NK, acts_NK = self.num_tokens, self.top_idx_NK, self.top_acts_NK
+        for name, dtype, shape in (
+            ("suite_N", np.int16, (N,)),
+            ("prompt_N", np.int32, (N,)),
+            ("position_N", np.int32, (N,)),
+            ("top_idx_NK", np.int32, (N, k)),
+            ("top_acts_NK", np.float32, (N, k)),
+            ("fvu_err_N", np.float32, (N,)),
+            ("fvu_total_N", np.float32, (N,)),
+        ):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name} must be {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
+        if N and (idx_NK.min() < -1 or idx_NK.max() >= d_sae):
+            raise ValueError(f"top_idx_NK must be in [-1, {d_sae}), got [{idx_NK.min()}, {idx_NK.max()}]")
+        later, earlier = idx_NK[:, 1:], idx_NK[:, :-1]
+        if not np.all(np.where(later >= 0, (later > earlier) & (earlier >= 0), True)):
+            raise ValueError("top_idx_NK must ascend with -1 last; use TokenRows.from_unsorted")
+        inactive_NK = idx_NK < 0
+        whole_N = (inactive_NK & np.isnan(acts_NK)).all(1)
+        broken_NK = np.where(inactive_NK, acts_NK != 0, ~np.isfinite(acts_NK))
+        if broken_NK[~whole_N].any():
+            raise ValueError(
+                "top_acts_NK must be finite, 0 where top_idx_NK is -1, or NaN in a whole inactive row"
+            )
+        suite, prompt, position = (
+            np.diff(column.astype(np.int64)) for column in (self.suite_N, self.prompt_N, self.position_N)
+        )
+        if not np.all((suite > 0) | ((suite == 0) & ((prompt > 0) | ((prompt == 0) & (position > 0))))):
+            raise ValueError("rows must ascend by (suite, prompt, position); use TokenRows.from_unsorted")
+
+
+def shard_schema(k: int, d_sae: int, metadata: Mapping[str, str]) -> Any:
+    """The one Arrow schema of a shard; `metadata` is extended by the schema version."""
+    index = pa.uint16() if d_sae <= 1 << 16 else pa.uint32()
+    columns = {
+        "suite": pa.int16(),
+        "prompt": pa.int32(),
+        "position": pa.int32(),
+        "num_active": pa.uint8(),
+        "top_idx_delta": pa.list_(pa.field("item", index, nullable=False), k),
+        "top_acts": pa.list_(pa.field("item", pa.float32(), nullable=False), k),
+        "fvu_err": pa.float32(),
+        "fvu_total": pa.float32(),
+    }
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in columns.items()],
+        metadata={"schema_version": str(SCHEMA_VERSION), **dict(sorted(metadata.items()))},
+    )
+
+
+def encode_shard(rows: TokenRows, *, d_sae: int, metadata: Mapping[str, str]) -> bytes:
+    """Shard bytes of checked rows; the same rows and metadata give the same bytes."""
+    schema = shard_schema(rows.k, d_sae, metadata)
+    num_active_N = (rows.top_idx_NK >= 0).sum(1, dtype=np.uint8)
+    delta_NK = np.diff(rows.top_idx_NK, axis=1, prepend=np.int32(0))
+    delta_NK[rows.top_idx_NK < 0] = 0
+    index_dtype = schema.field("top_idx_delta").type.value_type.to_pandas_dtype()
+    columns = [
+        pa.array(rows.suite_N),
+        pa.array(rows.prompt_N),
+        pa.array(rows.position_N),
+        pa.array(num_active_N),
+        pa.FixedSizeListArray.from_arrays(
+            delta_NK.astype(index_dtype).ravel(), type=schema.field("top_idx_delta").type
+        ),
+        pa.FixedSizeListArray.from_arrays(rows.top_acts_NK.ravel(), type=schema.field("top_acts").type),
+        pa.array(rows.fvu_err_N),
+        pa.array(rows.fvu_total_N),
+    ]
+    return write_ipc(pa.Table.from_arrays(columns, schema=schema))
+
+
+def decode_shard(data: bytes, *, k: int, d_sae: int, metadata: Mapping[str, str], path: Path) -> TokenRows:
+    """Rows of `encode_shard`'s bytes; ShardError, naming `path`, when they are of any other schema."""
+    table = read_ipc(data, shard_schema(k, d_sae, metadata), path)
+    N = table.num_rows
+    idx_NK, acts_NK = np.empty((N, k), np.int32), np.empty((N, k), np.float32)
+    start = 0
+    for batch in table.to_batches():
+        stop = start + batch.num_rows
+        delta_NK = _values(batch.column("top_idx_delta")).reshape(-1, k)
+        np.cumsum(delta_NK, axis=1, dtype=np.int32, out=idx_NK[start:stop])
+        num_active_N = batch.column("num_active").to_numpy()
+        idx_NK[start:stop][np.arange(k) >= num_active_N[:, None]] = -1
+        acts_NK[start:stop] = _values(batch.column("top_acts")).reshape(-1, k)
+        start = stop
+    suite, prompt, position = (table.column(name).to_numpy() for name in ("suite", "prompt", "position"))
+    fvu_err, fvu_total = (table.column(name).to_numpy() for name in ("fvu_err", "fvu_total"))
+    return TokenRows(suite, prompt, position, idx_NK, acts_NK, fvu_err, fvu_total)
+
+
+def write_ipc(table: Any) -> bytes:
+    """An Arrow IPC file of `table`, zstd, in batches of at most `MAX_BATCH_ROWS`."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=MAX_BATCH_ROWS)
+    return bytes(sink.getvalue())
+
+
+def read_ipc(data: bytes, schema: Any, path: Path) -> Any:
+    """The table in `data` when its schema is exactly `schema`; ShardError, naming `path`, otherwise."""
+    # before pyarrow parses: loading an extension type may run code that its author chose
+    if b"ARROW:extension" in data:
+        raise ShardError(f"{path} declares an Arrow extension type, so it is not a file of ours; delete it")
+    try:
+        reader = pa.ipc.open_file(pa.BufferReader(data))
+        found = reader.schema
+        if not found.equals(schema, check_metadata=True):
+            version = (found.metadata or {}).get(b"schema_version", b"none").decode(errors="replace")
+            raise ShardError(
+                f"{path} is not of this release's schema {SCHEMA_VERSION} (it says version {version}, fields "
+                f"{found.names}); use the release that wrote it, or delete it and run the sweep again"
+            )
+        table = reader.read_all()
+        table.validate(full=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(
+            f"{path} is not a whole Arrow file ({error}); delete it and run the sweep again"
+        ) from error
+    return table
+
+
+def _values(column: Any) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = column.flatten().to_numpy()
+    return values

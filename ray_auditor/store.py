@@ -1,0 +1,261 @@
+"""What an audit keeps on disk: one Arrow shard per unit, made true by one commit record.
+
+Layout under the store's root; nothing else in the project knows it:
+
+    shards/<unit_key>-<first 16 of the shard's sha256>.arrow
+    commits/<unit_key>.json        the only truth: a shard without a commit does not exist
+    suites/<suites_key>.arrow      the prompts, for drill-down
+    tmp/                           files being written; each is locked by its writer
+
+A shard is named by its content, so writing it again is harmless and repairs a damaged copy. The commit is
+put if absent (a hard link of a synced file), so of two writers exactly one wins and a kill at any moment
+leaves a unit absent or whole.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ray_auditor.shard import (
+    SCHEMA_VERSION,
+    ShardError,
+    TokenRows,
+    decode_shard,
+    encode_shard,
+    read_ipc,
+    write_ipc,
+)
+from ray_auditor.unit import Commit, NondeterminismError, Unit
+
+__all__ = ["Commit", "NondeterminismError", "ShardError", "Store", "SuitePrompt", "TokenRows", "Unit"]
+
+MAX_COMMIT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SuitePrompt:
+    """One tokenised prompt; `suite_id` and `prompt` are the values that `TokenRows` carries.
+
+    `content` marks the scored tokens; it has the length of `token_ids`.
+    """
+
+    suite_id: int
+    suite: str
+    prompt: int
+    text: str
+    token_ids: Sequence[int]
+    content: Sequence[bool]
+
+
+def _suites_schema(suites_key: str) -> Any:
+    columns = {
+        "suite_id": pa.int16(),
+        "suite": pa.string(),
+        "prompt": pa.int32(),
+        "text": pa.large_string(),
+        "token_ids": pa.list_(pa.int32()),
+        "content": pa.list_(pa.bool_()),
+    }
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in columns.items()],
+        metadata={"schema_version": str(SCHEMA_VERSION), "suites_key": suites_key},
+    )
+
+
+class Store:
+    """The units of one output folder. Any number of processes may open and write the same root."""
+
+    def __init__(self, root: Path) -> None:
+        """Open or create the store, and remove what killed writers left in `tmp/`."""
+        self.root = Path(root)
+        for name in ("shards", "commits", "suites", "tmp"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        for path in (self.root / "tmp").iterdir():
+            _remove_if_stale(path)
+
+    def has(self, unit_key: str) -> bool:
+        """Whether the unit is committed and its shard has its full length (the hash is checked on read)."""
+        if not self._commit_path(unit_key).exists():
+            return False
+        commit = self.read_commit(unit_key)
+        path = self.root / "shards" / commit.shard_name
+        return path.is_file() and path.stat().st_size == commit.num_bytes
+
+    def commit(self, unit: Unit, rows: TokenRows, record: Mapping[str, Any]) -> Commit:
+        """Write the unit's rows and make them true.
+
+        Args:
+            unit: What was computed.
+            rows: Scored tokens with K = `unit.k`; checked here, see `TokenRows.check`.
+            record: JSON-able note kept beside the shard; it takes no part in comparing attempts.
+
+        Returns:
+            The commit that counts: this one, or an earlier one with the same shard.
+
+        Raises:
+            ValueError: The rows break a rule of `TokenRows`, or the filesystem has no hard links.
+            NondeterminismError: The unit is already committed with other rows.
+        """
+        rows.check(k=unit.k, d_sae=unit.d_sae)
+        shard = encode_shard(rows, d_sae=unit.d_sae, metadata=unit.metadata())
+        sha256 = hashlib.sha256(shard).hexdigest()
+        mine = Commit(
+            SCHEMA_VERSION, unit.key, asdict(unit), sha256, len(shard), rows.num_tokens, dict(record)
+        )
+        note = mine.to_json()
+        if len(note) > MAX_COMMIT_BYTES:
+            raise ValueError(f"record must fit {MAX_COMMIT_BYTES} bytes, got {len(note)}; keep less in it")
+        self._put(self.root / "shards" / mine.shard_name, shard, replace=True)
+        if self._put(self._commit_path(unit.key), note, replace=False):
+            return mine
+        theirs = self.read_commit(unit.key)
+        if theirs.shard_sha256 != sha256:
+            raise NondeterminismError(
+                f"unit {unit.key} is committed with shard sha256 {theirs.shard_sha256}, this attempt has "
+                f"{sha256}: the engine is not deterministic, or engine_class {unit.engine_class!r} omits "
+                f"what changes results; delete {self._commit_path(unit.key)} to prefer the new attempt"
+            )
+        return theirs
+
+    def withdraw(self, unit_key: str) -> None:
+        """Remove the unit's commit, so that a damaged unit counts as absent and is computed again."""
+        self._commit_path(unit_key).unlink(missing_ok=True)
+        _sync_dir(self.root / "commits")
+
+    def read_rows(self, unit_key: str) -> TokenRows:
+        """Read the unit's rows.
+
+        Raises:
+            KeyError: The unit is not committed.
+            ShardError: The shard is missing, differs from its commit, or is not of this schema.
+        """
+        commit = self.read_commit(unit_key)
+        path = self.root / "shards" / commit.shard_name
+        remedy = "withdraw the unit (delete its commit) and run the sweep again"
+        if not path.is_file():
+            raise ShardError(f"{path} is missing though unit {unit_key} is committed; {remedy}")
+        num_bytes = path.stat().st_size
+        if num_bytes != commit.num_bytes:
+            raise ShardError(f"{path} has {num_bytes} bytes, its commit says {commit.num_bytes}; {remedy}")
+        shard = path.read_bytes()
+        sha256 = hashlib.sha256(shard).hexdigest()
+        if sha256 != commit.shard_sha256:
+            raise ShardError(f"{path} has sha256 {sha256}, its commit says {commit.shard_sha256}; {remedy}")
+        unit = Unit(**commit.unit)
+        return decode_shard(shard, k=unit.k, d_sae=unit.d_sae, metadata=unit.metadata(), path=path)
+
+    def read_record(self, unit_key: str) -> dict[str, Any]:
+        """The note given to `commit`; KeyError when the unit is not committed."""
+        return self.read_commit(unit_key).record
+
+    def read_commit(self, unit_key: str) -> Commit:
+        """The unit's commit; KeyError when absent, ShardError when it is not one of ours."""
+        path = self._commit_path(unit_key)
+        if not path.is_file():
+            raise KeyError(f"unit {unit_key} is not committed in {self.root}")
+        if path.stat().st_size > MAX_COMMIT_BYTES:
+            raise ShardError(f"{path} is over {MAX_COMMIT_BYTES} bytes, so not a commit of ours; delete it")
+        return Commit.parse(path.read_bytes(), path)
+
+    def list_commits(self) -> list[Commit]:
+        """Every committed unit, ordered by unit key."""
+        return [self.read_commit(path.stem) for path in sorted((self.root / "commits").glob("*.json"))]
+
+    def write_suites(self, suites_key: str, prompts: Sequence[SuitePrompt]) -> None:
+        """Keep the prompts for drill-down; the same again is fine, others under one key are a ShardError."""
+        table = pa.Table.from_pylist(
+            [asdict(prompt) for prompt in prompts], schema=_suites_schema(suites_key)
+        )
+        data, path = write_ipc(table), self._suites_path(suites_key)
+        if not self._put(path, data, replace=False) and path.read_bytes() != data:
+            raise ShardError(f"{path} holds other prompts than its key says; delete it and run again")
+
+    def read_suites(self, suites_key: str) -> list[SuitePrompt]:
+        """The prompts in written order; KeyError when absent, ShardError when not of this schema."""
+        path = self._suites_path(suites_key)
+        if not path.is_file():
+            raise KeyError(f"suites {suites_key} are not in {self.root}")
+        table = read_ipc(path.read_bytes(), _suites_schema(suites_key), path)
+        return [SuitePrompt(**row) for row in table.to_pylist()]
+
+    def _commit_path(self, unit_key: str) -> Path:
+        return self.root / "commits" / f"{_hex_key(unit_key)}.json"
+
+    def _suites_path(self, suites_key: str) -> Path:
+        return self.root / "suites" / f"{_hex_key(suites_key)}.arrow"
+
+    def _put(self, target: Path, data: bytes, *, replace: bool) -> bool:
+        """Make `target` hold `data`, whole or not at all; False when it exists and `replace` is not set."""
+        with _locked_temp(self.root / "tmp") as (temp, descriptor):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+            try:
+                if replace:
+                    os.replace(temp, target)
+                else:
+                    os.link(temp, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP):
+                    raise ValueError(f"out_dir needs a filesystem with hard links, got {target}") from error
+                raise
+            _sync_dir(target.parent)
+            return True
+
+
+@contextmanager
+def _locked_temp(folder: Path) -> Iterator[tuple[Path, int]]:
+    """A new file whose lock says that its writer lives: the kernel drops the lock with the process."""
+    while True:
+        temp = folder / uuid.uuid4().hex
+        descriptor = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # 0: removed as stale between open and lock
+            break
+        os.close(descriptor)
+    try:
+        yield temp, descriptor
+    finally:
+        temp.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_if_stale(temp: Path) -> None:
+    try:
+        descriptor = os.open(temp, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temp.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass  # its writer lives
+    finally:
+        os.close(descriptor)
+
+
+def _sync_dir(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hex_key(key: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", key):
+        raise ValueError(f"a store key must be 64 lower-case hex digits, got {key[:80]!r}")
+    return key
