@@ -4,10 +4,11 @@
         admitted = admit(found, base, num_layers=16, max_lora_rank=64)   # or CandidateError
         for name, tensor in checkpoint.iter_tensors(admitted.tensors): ...
 
-Nothing of a repository is executed, unpickled, rendered or imported, and no file outside its folder is opened.
+Nothing of a repository is executed, unpickled, rendered or imported; no file outside its folder is opened.
 `hub.checkpoint` needs torch and is imported by its own name.
 """
 
+from ray_auditor.hub.admit import admit, open_base
 from ray_auditor.hub.candidate import (
     Admitted,
     BaseModel,
@@ -19,6 +20,8 @@ from ray_auditor.hub.candidate import (
     TensorSpec,
     WeightFile,
 )
+from ray_auditor.hub.sources import list_folder
+from ray_auditor.hub.weights import lies_below_hook
 
 __all__ = [
     "Admitted",
@@ -30,4 +33,8 @@ __all__ = [
     "Refused",
     "TensorSpec",
     "WeightFile",
+    "admit",
+    "lies_below_hook",
+    "list_folder",
+    "open_base",
 ]

@@ -13,8 +13,7 @@ MAX_TEXT_CHARS = 400
 class CandidateError(Exception):
     """A candidate that cannot be audited, for a reason that lies in its repository.
 
-    The text may quote the repository, so it is reduced to short printable ASCII: it ends in logs, terminals and
-    HTML.
+    The text may quote the repository, so it is reduced to short printable ASCII: it ends in logs and reports.
 
     Attributes:
         status: `rejected` (the input is at fault), `skipped` (sound, but nothing this auditor audits) or
@@ -87,7 +86,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model every candidate is compared with; its folder is the user's own and is trusted to be the base."""
+    """The model every candidate is compared with."""
 
     path: Path
     config: dict[str, Any]
@@ -117,9 +116,10 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A candidate whose files may be read: every tensor the audit reads, on the base's skeleton.
+    """A candidate whose files may be read.
 
-    `tensors` keeps the names of the file: the base's names for full weights, `base_model.model.*` for an adapter.
+    `tensors` holds what the audit reads and nothing else, under the names of the files: the base's own names
+    for full weights, `base_model.model.*` for an adapter.
     """
 
     candidate: Candidate
