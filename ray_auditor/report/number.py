@@ -18,13 +18,13 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 
 def percent(rate: float | None) -> str:
-    """A rate of 0.413 as `+41.3 %`; `n.d.` for None."""
-    return UNDETERMINED if rate is None else f"{signed(100 * rate)} %"
+    """A rate of 0.413 as `+41.3%`; `n.d.` for None."""
+    return UNDETERMINED if rate is None else f"{signed(100 * rate)}%"
 
 
 def percent_interval(low: float | None, high: float | None) -> str:
-    """An interval of rates as `[+33.1, +49.9] %`; `n.d.` when either end is None."""
-    return UNDETERMINED if low is None or high is None else f"[{signed(100 * low)}, {signed(100 * high)}] %"
+    """An interval of rates as `[+33.1%, +49.9%]`; `n.d.` when either end is None."""
+    return UNDETERMINED if low is None or high is None else f"[{percent(low)}, {percent(high)}]"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
