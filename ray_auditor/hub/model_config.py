@@ -96,7 +96,7 @@ def find_differences(base: dict[str, Any], candidate: dict[str, Any]) -> tuple[l
     ours, theirs = computation_fields(base), computation_fields(candidate)
     shared = (ours.keys() & theirs.keys()) | ((ours.keys() | theirs.keys()) & COMPUTES)
     different = [
-        f"{field} {str(theirs.get(field))[:120]} (base: {str(ours.get(field))[:120]})"
+        f"{field} {_show(field, candidate, theirs)} (base: {_show(field, base, ours)})"
         for field in sorted(shared)
         if ours.get(field) != theirs.get(field)
     ]
@@ -106,6 +106,10 @@ def find_differences(base: dict[str, Any], candidate: dict[str, Any]) -> tuple[l
     if base.get("tie_word_embeddings", True) != candidate.get("tie_word_embeddings", True):
         notes.append("tie_word_embeddings differs; the head lies above the hook")
     return different, notes
+
+
+def _show(field: str, config: dict[str, Any], fields: dict[str, Any]) -> str:
+    return str(config.get(field, fields.get(field)))[:120]  # as it was written, if it was
 
 
 def computation_fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -32,13 +32,14 @@ def check_rope(config: dict[str, Any]) -> None:
             if not isinstance(kind, str) or kind not in ROPE_TYPES:
                 _refuse(f"{field}.rope_type", f"one of {', '.join(ROPE_TYPES)}", kind)
             for key, value in rope.items():
-                _check_number(f"{field}.{key}", value)
+                if key not in ("rope_type", "type"):
+                    _check_number(f"{field}.{key}", value)
 
 
 def _check_number(field: str, value: object) -> None:
     if isinstance(value, list) and len(value) > MAX_FACTORS:
         _refuse(field, f"at most {MAX_FACTORS} factors", len(value))
-    if value is None or isinstance(value, str | bool):
+    if value is None or isinstance(value, bool):
         return
     low = 0.0 if field.rsplit(".")[-1] in MAY_BE_ZERO else 1e-6
     high = MAX_FACTOR if "factor" in field else MAX_THETA
@@ -53,7 +54,7 @@ def spell_rope(config: dict[str, Any]) -> dict[str, Any]:
 
     def spell(rope: dict[str, Any]) -> dict[str, Any]:
         filled = {
-            "rope_theta": config.get("rope_theta", 10000.0),
+            "rope_theta": config.get("rope_theta") or 10000.0,
             "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
             **rope,
             "rope_type": rope.get("rope_type", rope.get("type", "default")),

@@ -13,6 +13,8 @@ ADAPTER_NAME = "adapter_model.safetensors"
 MAX_ID_CHARS = 128
 MAX_POINTER_BYTES = 1024  # Git LFS pointers are about 130 bytes
 
+NO_CANDIDATES = frozenset({".git", ".cache", ".huggingface"})  # what a clone or a download leaves behind
+
 _ID = re.compile(rf"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_ID_CHARS - 1}}}")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 
@@ -20,8 +22,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 def list_folder(path: str | Path) -> Iterator[Candidate | Refused]:
     """Every finetune in a folder, sorted by id; each sub-folder becomes one row.
 
-    Files beside the sub-folders and hidden sub-folders (`.git`, `.cache`) are no candidates. Nothing is read
-    except files too small to be weights, which may be Git LFS pointers.
+    Files beside the sub-folders are no candidates. Nothing is read except files too small to be weights,
+    which may be Git LFS pointers.
 
     Args:
         path: The user's own folder; what lies in it is not trusted.
@@ -36,9 +38,10 @@ def list_folder(path: str | Path) -> Iterator[Candidate | Refused]:
         )
     root = root.resolve()
     with os.scandir(root) as entries:
-        found = [(entry.name, entry.is_symlink(), entry.is_dir()) for entry in entries]
+        found = [(entry.name, entry.is_symlink(), entry.is_file()) for entry in entries]
+    # A link that leads nowhere is no file: it gets its row, with the reason.
     folders = sorted(
-        (name, is_link) for name, is_link, is_dir in found if is_dir and not name.startswith(".")
+        (name, is_link) for name, is_link, is_file in found if not is_file and name not in NO_CANDIDATES
     )
     if not folders and any(name.endswith(".safetensors") for name, _, _ in found):
         raise ValueError(f"candidates.path {str(path)!r} is a finetune itself; give the folder that holds it")
