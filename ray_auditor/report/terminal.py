@@ -121,7 +121,7 @@ def _map(summary: Summary, console: Console) -> None:
 
 
 def print_summary(raw: Mapping[str, Any], console: Console) -> None:
-    """Print a sweep: headline, coverage and what was not audited, then flags, the z of every suite, and the limits.
+    """Print a sweep: headline, coverage, what was not audited, then flags, z by suite and limits.
 
     Args:
         raw: The content of `summary.json`.
