@@ -50,6 +50,16 @@ class Unit:
         """sha256 hex over the canonical JSON of the parts and the schema version."""
         return hashlib.sha256(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(self)})).hexdigest()
 
+    @property
+    def stratum(self) -> str:
+        """The same for units whose numbers may be compared: every part but the candidate is equal.
+
+        Adapters and full weights share a stratum exactly when their `engine_class` says that they ran alike.
+        """
+        parts = asdict(self)
+        del parts["candidate_key"]
+        return hashlib.sha256(canonical_json(parts)).hexdigest()
+
     def metadata(self) -> dict[str, str]:
         """What the unit's shard says of itself in its Arrow schema."""
         return {"unit_key": self.key, **{name: str(value) for name, value in asdict(self).items()}}
