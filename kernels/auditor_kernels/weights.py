@@ -14,7 +14,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_K = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncoderWeights:
     """A sparse autoencoder's encoder with every constant folded in, and its decoder for FVU.
 

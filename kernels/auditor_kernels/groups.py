@@ -1,0 +1,201 @@
+"""The portable GEMM: its epilogue keeps the largest few features of each group of 64, nothing else.
+
+A group is the 64 of a tile's columns that one thread holds (columns 8j + 2q + {0, 1} of a tensor-core layout),
+so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the group, which
+makes the keys of a group distinct and carries the index along for free: keys hold 17 bits of mantissa.
+
+Without a hint every group's M largest keys are written (`[T, M, F / 64]`), for `select` to rank. With a
+threshold per token only keys above it are appended to the token's candidate list, with their exact values.
+Either way a group that may have held more than M is reported, never trusted.
+"""
+
+# Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from auditor_kernels.keys import pack_key
+
+GROUP = tl.constexpr(64)
+# Added to a token's count when one of its groups overflowed: more than any capacity.
+OVERFLOW = tl.constexpr(1 << 20)
+
+
+@triton.jit
+def group_column(group, slot, BN: tl.constexpr):
+    """Column within F of place `slot` of group number `group`."""
+    per_tile: tl.constexpr = BN // 64
+    tile = group // per_tile
+    within = group % per_tile
+    j = (within // 4) * 32 + slot // 2
+    return tile * BN + j * 8 + (within % 4) * 2 + slot % 2
+
+
+@triton.jit
+def group_gemm(
+    x_desc,
+    w_desc,
+    bias_ptr,
+    threshold_ptr,
+    floor_ptr,
+    keys_ptr,
+    count_ptr,
+    cand_ptr,
+    T,
+    F,
+    D: tl.constexpr,
+    CAP,
+    M: tl.constexpr,
+    FILTER: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    RASTER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """One persistent launch over all tiles; grid is `(PROGRAMS,)`.
+
+    `floor_ptr` float32 [T]: with FILTER, keys of scores at or above it are appended to `cand_ptr` int64 [T, CAP]
+    and counted in `count_ptr` int32 [T] (zeroed by the caller). Without, `keys_ptr` int32 [T, M, groups].
+    """
+    LOW: tl.constexpr = 7 if TWO_SIDED else 6
+    low_mask: tl.constexpr = (1 << LOW) - 1
+    per_tile: tl.constexpr = BN // 64
+    tiles_m = tl.cdiv(T, BM)
+    tiles_n = tl.cdiv(F, BN)
+    groups = tiles_n * per_tile
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        # RASTER row-tiles at a time, column by column: their x stays in L2 while W streams past.
+        band = tile // (RASTER * tiles_n)
+        first = band * RASTER
+        band_rows = tl.minimum(tiles_m - first, RASTER)
+        inside = tile - band * RASTER * tiles_n
+        m0 = (first + inside % band_rows) * BM
+        n0 = (inside // band_rows) * BN
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for k0 in range(0, D, BK):
+            x_mk = x_desc.load([m0, k0])
+            w_nk = w_desc.load([n0, k0])
+            acc = tl.dot(x_mk, w_nk.T, acc, input_precision=PRECISION)
+        cols = tl.arange(0, BN)
+        in_range = n0 + cols < F
+        # A column past F must never win: its products are 0, so its bias decides.
+        acc += tl.load(bias_ptr + n0 + cols, mask=in_range, other=-3.0e38)[None, :]
+        slot = ((cols // 8) % 32) * 2 + cols % 2
+        if TWO_SIDED:
+            acc = tl.where(in_range[None, :], acc, 0.0)
+            negative = (acc < 0).to(tl.int32)
+            bits = tl.abs(acc).to(tl.int32, bitcast=True)
+            key = (bits & ~low_mask) | (slot[None, :] * 2 + negative)
+        else:
+            bits = acc.to(tl.int32, bitcast=True)
+            key = (bits & ~low_mask) | slot[None, :]
+        if HAS_THRESHOLD:
+            threshold = tl.load(threshold_ptr + n0 + cols, mask=in_range, other=3.0e38)
+            score = tl.abs(acc) if TWO_SIDED else acc
+            key = tl.where(score > threshold[None, :], key, 0)
+        # (BM, groups of the tile, 64): a relabelling of registers, no data moves.
+        key = tl.reshape(key, (BM, per_tile // 4, 32, 4, 2))
+        key = tl.reshape(tl.permute(key, (0, 1, 3, 2, 4)), (BM, per_tile, 64))
+        rows = m0 + tl.arange(0, BM)
+        live = rows < T
+        group = n0 // 64 + tl.arange(0, per_tile)
+        live2 = live[:, None] & (group[None, :] < groups)
+        if FILTER:
+            bits = tl.reshape(bits, (BM, per_tile // 4, 32, 4, 2))
+            bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BM, per_tile, 64))
+            floor = tl.load(floor_ptr + rows, mask=live, other=float("inf"))
+            # A row that has overflowed is recomputed anyway: stop appending to it.
+            full = tl.load(count_ptr + rows, mask=live, other=0) > CAP
+            floor_key = tl.maximum((floor.to(tl.int32, bitcast=True) & ~low_mask) - 1, low_mask)
+            floor_key = tl.where(full | (live == 0), 0x7FFFFFFF, floor_key)
+            hits = tl.sum((key > floor_key[:, None, None]).to(tl.int32), axis=2)
+            start = tl.atomic_add(
+                count_ptr + rows[:, None] + group[None, :] * 0,
+                tl.where(hits > M, OVERFLOW, hits),
+                mask=(hits > 0) & live2,
+                sem="relaxed",
+            )
+            for p in tl.static_range(M):
+                top = tl.max(key, axis=2)
+                is_top = key == top[:, :, None]
+                top_bits = tl.max(tl.where(is_top, bits, 0), axis=2)
+                place = top & low_mask
+                negative = place & 1 if TWO_SIDED else place * 0
+                feature = group_column(group[None, :], place // 2 if TWO_SIDED else place, BN)
+                at = rows[:, None].to(tl.int64) * CAP + start + p
+                tl.store(
+                    cand_ptr + at,
+                    pack_key(top_bits, feature, negative),
+                    mask=(p < hits) & (start + p < CAP) & live2,
+                )
+                if p < M - 1:
+                    key = tl.where(is_top, 0, key)
+        else:
+            for p in tl.static_range(M):
+                top = tl.max(key, axis=2)
+                at = (rows[:, None].to(tl.int64) * M + p) * groups + group[None, :]
+                tl.store(keys_ptr + at, top, mask=live2)
+                if p < M - 1:
+                    key = tl.where(key < top[:, :, None], key, -2147483648)
+
+
+@triton.jit
+def select(
+    keys_ptr,
+    floor_ptr,
+    count_ptr,
+    cand_ptr,
+    F,
+    groups,
+    kept,
+    CAP,
+    M: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    FLOOR_ONLY: tl.constexpr,
+    BN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """From group maxima to candidates, one program per token.
+
+    The kept-th largest of the group maxima is a lower bound of the kept-th largest score, because as many
+    distinct features reach it. All keys at or above it become candidates. If a group's last recorded key reaches it too, that
+    group may hold more, and the token is marked as overflowed. With FLOOR_ONLY the bound alone is written.
+    """
+    LOW: tl.constexpr = 7 if TWO_SIDED else 6
+    low_mask: tl.constexpr = (1 << LOW) - 1
+    row = tl.program_id(0)
+    base = keys_ptr + row.to(tl.int64) * M * groups
+    group = tl.arange(0, WIDTH)
+    key = tl.load(base + group, mask=group < groups, other=0)
+    bound = 0
+    for step in range(31 - LOW):
+        trial = bound | (1 << (30 - step))
+        enough = tl.sum((key >= trial).to(tl.int32), axis=0) >= kept
+        bound = tl.where(enough, trial, bound)
+    if FLOOR_ONLY:
+        tl.store(floor_ptr + row, bound.to(tl.float32, bitcast=True))
+    else:
+        bound = tl.maximum(bound, low_mask + 1)
+        count = 0
+        for p in tl.static_range(M):
+            if p > 0:
+                key = tl.load(base + p * groups + group, mask=key >= bound, other=0)
+            hit = key >= bound
+            number = hit.to(tl.int32)
+            at = count + tl.cumsum(number, axis=0) - 1
+            place = key & low_mask
+            negative = place & 1 if TWO_SIDED else place * 0
+            feature = group_column(group, place // 2 if TWO_SIDED else place, BN)
+            # The bits that the place displaced are gone: the middle of their range is the best guess.
+            bits = (key & ~low_mask) | (1 << (LOW - 1))
+            packed = pack_key(bits, feature, negative)
+            tl.store(cand_ptr + row.to(tl.int64) * CAP + at, packed, mask=hit & (at < CAP))
+            count += tl.sum(number, axis=0)
+        overflowed = tl.max(key, axis=0) >= bound
+        tl.store(count_ptr + row, tl.where(overflowed, OVERFLOW, count))

@@ -1,0 +1,184 @@
+"""The Triton kernels, launched over one chunk of tokens at a time."""
+
+# Shape suffixes: T tokens of a chunk, N all tokens, D = d_in, F = d_sae, K = kept features.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from auditor_kernels.groups import group_gemm, select
+from auditor_kernels.prepared import Prepared
+from auditor_kernels.rank import rank_candidates, rank_slices, recompute_slices
+
+SLICES = 32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of the GEMM; the defaults are those of a Hopper GPU in 16-bit types."""
+
+    rows: int = 128
+    columns: int = 256
+    depth: int = 64
+    warps: int = 8
+    stages: int = 3
+    raster: int = 16
+    programs: int = 132
+
+
+def choose_tiles(x_ND: Tensor) -> Tiles:
+    """Blocks that fit the device's shared memory and the number of tokens."""
+    if not x_ND.is_cuda:
+        return Tiles(rows=16, depth=32, programs=2, raster=2)
+    properties = torch.cuda.get_device_properties(x_ND.device)
+    programs = properties.multi_processor_count
+    rows = 64 if x_ND.shape[0] <= 64 or x_ND.dtype == torch.float32 else 128
+    depth = 32 if x_ND.dtype == torch.float32 else 64
+    stages = 3 if properties.shared_memory_per_block_optin >= 160 << 10 else 1
+    return Tiles(rows=rows, depth=depth, stages=stages, programs=programs)
+
+
+class Launcher:
+    """One call's inputs, outputs and launches over one chunk of tokens at a time."""
+
+    def __init__(self, prepared: Prepared, x_ND: Tensor, k: int, kept: int, cap: int, tiles: Tiles | None = None) -> None:
+        self.prepared, self.x_ND, self.k, self.kept = prepared, x_ND, k, kept
+        self.d_sae, self.width = prepared.w_FD.shape
+        self.tiles = tiles or choose_tiles(x_ND)
+        self.cap = cap
+        self.val_NK = x_ND.new_empty(x_ND.shape[0], k, dtype=torch.float32)
+        self.idx_NK = x_ND.new_empty(x_ND.shape[0], k, dtype=torch.int32)
+
+    def gemm(self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor, keys: Tensor | None) -> None:
+        """The GEMM over one chunk; into `keys` if given, else the filter into `count` and `cand`."""
+        prepared, tiles = self.prepared, self.tiles
+        x_td = self.x_ND[part]
+        group_gemm[(tiles.programs,)](
+            TensorDescriptor.from_tensor(x_td, [tiles.rows, tiles.depth]),
+            TensorDescriptor.from_tensor(prepared.w_FD, [tiles.columns, tiles.depth]),
+            prepared.bias_F,
+            prepared.threshold_F,
+            floor,
+            count if keys is None else keys,
+            count,
+            cand,
+            x_td.shape[0],
+            self.d_sae,
+            self.width,
+            self.cap,
+            m,
+            keys is None,
+            prepared.has_threshold,
+            prepared.two_sided,
+            "tf32x3" if x_td.dtype == torch.float32 else "ieee",
+            tiles.rows,
+            tiles.columns,
+            tiles.depth,
+            tiles.raster,
+            tiles.programs,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    def groups_pass(self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor, floor_only: bool) -> None:
+        """Group maxima of a chunk, then its candidates (or only the floor that they prove)."""
+        tokens = floor.shape[0]
+        groups = -(-self.d_sae // self.tiles.columns) * (self.tiles.columns // 64)
+        keys = cand.new_empty(tokens, m, groups, dtype=torch.int32)
+        self.gemm(part, m, floor, count, cand, keys)
+        width = triton.next_power_of_2(groups)
+        select[(tokens,)](
+            keys,
+            floor,
+            count,
+            cand,
+            self.d_sae,
+            groups,
+            self.kept,
+            self.cap,
+            m,
+            self.prepared.two_sided,
+            floor_only,
+            self.tiles.columns,
+            width,
+            num_warps=1 if width <= 512 else 4,
+        )
+
+    def finish(self, part: slice, floor: Tensor, count: Tensor, cand: Tensor) -> None:
+        """Certify and rank a chunk, and recompute what does not certify, reusing the candidates' memory."""
+        x_td = self.x_ND[part]
+        listed = count.new_zeros(1 + x_td.shape[0])
+        rank_candidates[(x_td.shape[0],)](
+            x_td,
+            floor,
+            count,
+            cand,
+            self.val_NK[part],
+            self.idx_NK[part],
+            listed,
+            self.width,
+            self.k,
+            self.kept,
+            self.cap,
+            self.prepared.overflow_bound,
+            max(self.cap - 1, 127).bit_length(),
+            num_warps=1,
+        )
+        self.recompute(part, listed, cand)
+
+    def recompute(self, part: slice, listed: Tensor, space: Tensor) -> None:
+        """Recompute the listed tokens of a chunk: the first of them in many slices, any others in few."""
+        tokens = listed.shape[0] - 1
+        blocks = -(-self.d_sae // 128)
+        first = 0
+        while first < tokens:
+            slices = min(blocks, max(1, SLICES if first == 0 else space.numel() // ((tokens - first) * self.k)))
+            last = min(tokens, first + space.numel() // (slices * self.k))
+            self.recompute_range(part, listed, space, first, last, slices, -(-blocks // slices))
+            first = last
+
+    def recompute_range(
+        self, part: slice, listed: Tensor, space: Tensor, first: int, last: int, slices: int, blocks_per_slice: int
+    ) -> None:
+        """One pair of launches over listed tokens number `first` to `last`."""
+        prepared, programs = self.prepared, self.tiles.programs
+        is_fp32 = self.x_ND.dtype == torch.float32
+        recompute_slices[(programs,)](
+            self.x_ND[part],
+            prepared.w_FD,
+            prepared.bias_F,
+            prepared.threshold_F,
+            listed,
+            space,
+            first,
+            last,
+            self.d_sae,
+            self.width,
+            self.k,
+            slices,
+            blocks_per_slice,
+            prepared.two_sided,
+            "tf32x3" if is_fp32 else "ieee",
+            4,
+            32 if is_fp32 else 64,
+            programs,
+            num_warps=4,
+        )
+        rank_slices[(programs,)](
+            listed,
+            space,
+            self.val_NK[part],
+            self.idx_NK[part],
+            first,
+            last,
+            self.k,
+            self.kept,
+            slices,
+            programs,
+            num_warps=1,
+        )

@@ -1,0 +1,143 @@
+"""The certificate and the exact way out: rank what was captured, recompute what cannot be certified.
+
+No step asks the host: a token that fails its certificate is put on a list on the device, and the launches that
+recompute listed tokens read the list's length there and end at once when it is empty.
+"""
+
+# Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from auditor_kernels.keys import INF_KEY, LIST, LOG_LIST, merge_keys, pack_key, sort_keys, write_row
+
+
+@triton.jit
+def rank_candidates(
+    x_ptr,
+    floor_ptr,
+    count_ptr,
+    cand_ptr,
+    out_val_ptr,
+    out_idx_ptr,
+    listed_ptr,
+    D: tl.constexpr,
+    k,
+    kept,
+    CAP,
+    overflow_bound,
+    LOG_WIDE: tl.constexpr,
+):
+    """Certify and rank one token per program.
+
+    Every feature whose score reached the token's floor was appended and counted. So if the count fits the list
+    and is at least `kept`, or the floor was 0, the list holds the answer, whatever the floor was worth. A token
+    whose count says otherwise, or whose residual is so large that a pre-activation might not be finite
+    (`sum |x| >= overflow_bound`; also when x itself is not), is appended to `listed_ptr` ([1 + T] int32: length,
+    then tokens).
+    """
+    row = tl.program_id(0)
+    count = tl.load(count_ptr + row)
+    certified = (count <= CAP) & ((count >= kept) | (tl.load(floor_ptr + row) <= 0))
+    size = tl.zeros((512,), dtype=tl.float32)
+    for d0 in range(0, D, 512):
+        d = d0 + tl.arange(0, 512)
+        size += tl.abs(tl.load(x_ptr + row.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32))
+    certified = certified & (tl.sum(size, axis=0) < overflow_bound)
+    if certified:
+        if count <= LIST:
+            slot = tl.arange(0, LIST)
+            keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + slot, mask=slot < count, other=0)
+            write_row(sort_keys(keys, 0, 0, LOG_LIST), out_val_ptr, out_idx_ptr, row, k, kept, LIST)
+        else:
+            wide_slot = tl.arange(0, 1 << LOG_WIDE)
+            keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0)
+            write_row(sort_keys(keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE)
+    else:
+        at = tl.atomic_add(listed_ptr, 1)
+        tl.store(listed_ptr + 1 + at, row)
+
+
+@triton.jit
+def recompute_slices(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    threshold_ptr,
+    listed_ptr,
+    part_ptr,
+    first,
+    last,
+    F,
+    D: tl.constexpr,
+    k,
+    slices,
+    blocks_per_slice,
+    TWO_SIDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOG_BR: tl.constexpr,
+    BK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Exact top LIST of each slice of features, for listed tokens number `first` to `last`.
+
+    Holds for any data: each block of LIST features is merged into a sorted list unless nothing in it can enter.
+    Writes `part_ptr` int64 [last - first, slices, k].
+    """
+    BR: tl.constexpr = 1 << LOG_BR
+    length = tl.minimum(tl.load(listed_ptr), last)
+    tiles = tl.cdiv(tl.maximum(length - first, 0), BR)
+    for item in range(tl.program_id(0), tiles * slices, PROGRAMS):
+        part = item % slices
+        number = first + (item // slices) * BR + tl.arange(0, BR)
+        live = number < length
+        rows = tl.load(listed_ptr + 1 + number, mask=live, other=0).to(tl.int64)
+        best = tl.zeros((BR, LIST), dtype=tl.int64)
+        for block in range(part * blocks_per_slice, (part + 1) * blocks_per_slice):
+            cols = block * LIST + tl.arange(0, LIST)
+            in_range = cols < F
+            acc = tl.zeros((BR, LIST), dtype=tl.float32)
+            for k0 in range(0, D, BK):
+                d = k0 + tl.arange(0, BK)
+                in_d = d < D
+                x_at = x_ptr + rows[:, None] * D + d[None, :]
+                x_rk = tl.load(x_at, mask=live[:, None] & in_d[None, :], other=0.0)
+                w_at = w_ptr + cols[None, :].to(tl.int64) * D + d[:, None]
+                w_kn = tl.load(w_at, mask=in_range[None, :] & in_d[:, None], other=0.0)
+                acc = tl.dot(x_rk, w_kn, acc, input_precision=PRECISION)
+            acc += tl.load(bias_ptr + cols, mask=in_range, other=0.0)[None, :]
+            threshold = tl.load(threshold_ptr + cols, mask=in_range, other=0.0)
+            score = tl.abs(acc) if TWO_SIDED else acc
+            negative = (acc < 0).to(tl.int32)
+            finite = tl.abs(acc) < float("inf")
+            bits = tl.where(score > threshold[None, :], score.to(tl.int32, bitcast=True), 0)
+            key = pack_key(bits, cols[None, :], negative)
+            key = tl.where(bits > 0, key, 0)
+            key = tl.where(finite, key, INF_KEY)
+            key = tl.where(live[:, None] & in_range[None, :], key, 0)
+            worst = tl.min(best, axis=1)
+            if tl.max((key > worst[:, None]).to(tl.int32)) > 0:
+                best = merge_keys(best, sort_keys(key, 1, LOG_BR, LOG_LIST), LOG_BR, LOG_LIST)
+        slot = tl.arange(0, LIST)
+        at = ((number - first).to(tl.int64) * slices + part) * k
+        tl.store(part_ptr + at[:, None] + slot[None, :], best, mask=live[:, None] & (slot[None, :] < k))
+
+
+@triton.jit
+def rank_slices(
+    listed_ptr, part_ptr, out_val_ptr, out_idx_ptr, first, last, k, kept, slices, PROGRAMS: tl.constexpr
+):
+    """Merge the slices of each recomputed token and write its row."""
+    length = tl.minimum(tl.load(listed_ptr), last)
+    slot = tl.arange(0, LIST)
+    for number in range(first + tl.program_id(0), length, PROGRAMS):
+        row = tl.load(listed_ptr + 1 + number)
+        best = tl.zeros((LIST,), dtype=tl.int64)
+        for part in range(slices):
+            at = ((number - first).to(tl.int64) * slices + part) * k
+            upwards = LIST - 1 - slot  # each slice is read backwards: ascending
+            keys = tl.load(part_ptr + at + upwards, mask=upwards < k, other=0)
+            best = merge_keys(best, keys, 0, LOG_LIST)
+        write_row(best, out_val_ptr, out_idx_ptr, row, k, kept, LIST)
