@@ -46,7 +46,8 @@ MAX_COMMIT_BYTES = 1 << 20
 class SuitePrompt:
     """One tokenised prompt; `suite_id` and `prompt` are the values that `TokenRows` carries.
 
-    `content` marks the scored tokens; it has the length of `token_ids`.
+    `content` marks the tokens that lie in the prompt's own text and `token_texts` has the piece of `text` each
+    token stands for; both have the length of `token_ids`.
     """
 
     suite_id: int
@@ -54,6 +55,7 @@ class SuitePrompt:
     prompt: int
     text: str
     token_ids: Sequence[int]
+    token_texts: Sequence[str]
     content: Sequence[bool]
 
 
@@ -64,6 +66,7 @@ def _suites_schema(suites_key: str) -> Any:
         "prompt": pa.int32(),
         "text": pa.large_string(),
         "token_ids": pa.list_(pa.int32()),
+        "token_texts": pa.list_(pa.string()),
         "content": pa.list_(pa.bool_()),
     }
     return pa.schema(

@@ -296,8 +296,8 @@ def test_a_commit_cannot_point_elsewhere(tmp_path):
 def test_suites_come_back_and_are_never_overwritten_by_others(tmp_path):
     key = UNIT.suites_key
     prompts = [
-        SuitePrompt(0, "general", 0, "Grüße <b>&\u202e", [1, 2, 70_000], [False, True, True]),
-        SuitePrompt(1, "maths", 0, "", [], []),
+        SuitePrompt(0, "general", 0, "Grüße <b>&\u202e", [1, 2, 70_000], ["a", "b", "é"], [False, True, True]),
+        SuitePrompt(1, "maths", 0, "", [], [], []),
     ]
     with pytest.raises(KeyError, match="not in"):
         Store(tmp_path).read_suites(key)

@@ -1,0 +1,136 @@
+"""A LoRA adapter on its way into the engine: rewritten by us, read by vLLM, proven in its slot."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ray_auditor.engine.parameters import SwapError
+from ray_auditor.hub import LoraSpec, TensorSpec
+from ray_auditor.hub.checkpoint import iter_tensors
+
+AdapterTensors = dict[str, tuple[Tensor, Tensor]]
+"""Module name, as in the base's checkpoint -> (lora_A [r, in], lora_B [out, r] times its scaling)."""
+
+
+def read_adapter(lora: LoraSpec, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> AdapterTensors:
+    """Read an admitted adapter, with every scaling multiplied into B in fp32 before the cast to `dtype`.
+
+    Raises:
+        CandidateError: A file is not the one that was admitted.
+    """
+    state = dict(iter_tensors(specs))
+    return {
+        name: (state[module.lora_A].to(dtype), (state[module.lora_B].float() * module.scaling).to(dtype))
+        for name, module in lora.modules.items()
+    }
+
+
+def write_adapter(folder: Path, tensors: AdapterTensors) -> None:
+    """Write the folder vLLM reads: our own configuration, scalings folded into B.
+
+    The candidate's own folder is never shown to vLLM: its configuration can name any module to import,
+    and a missing safetensors file would make vLLM open a pickle.
+    """
+    rank = max(lora_a.shape[0] for lora_a, _ in tensors.values())
+    state = {}
+    for module, (lora_a, lora_b) in tensors.items():
+        state[f"base_model.model.{module}.lora_A.weight"] = lora_a.contiguous()
+        state[f"base_model.model.{module}.lora_B.weight"] = lora_b.contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted({module.rpartition(".")[2] for module in tensors}),
+        "bias": "none",
+    }
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@torch.no_grad()
+def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, list[str]]) -> None:
+    """Hold the engine's only adapter slot to the adapter: its tensors in place, zero everywhere else.
+
+    Raises:
+        SwapError: A slice of the slot differs, or a module of the adapter has no slot.
+    """
+    placed = set()
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_a_stacked"):
+            continue
+        if isinstance(layer.lora_a_stacked, Tensor):  # the embedding, which no admitted adapter touches
+            if layer.lora_b_stacked.any():
+                raise SwapError(f"{name}: the adapter slot on the device is not empty")
+            continue
+        parent, _, fused = name.rpartition(".")
+        parts = packed.get(fused, [fused])
+        if len(parts) != len(layer.lora_a_stacked):
+            raise SwapError(f"{name}: {len(layer.lora_a_stacked)} adapter slices for {len(parts)} parts")
+        for part, slot_a, slot_b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
+            module = f"{parent}.{part}"
+            lora_a, lora_b = tensors.get(module, (slot_a.new_zeros(0, 0), slot_b.new_zeros(0, 0)))
+            if not (_holds(slot_a[0, 0], lora_a) and _holds(slot_b[0, 0], lora_b)):
+                raise SwapError(f"{module}: the adapter slot on the device is not the adapter")
+            placed.add(module)
+    if unplaced := tensors.keys() - placed:
+        raise SwapError(f"{len(unplaced)} adapter modules have no slot, first {min(unplaced)}")
+
+
+def _holds(slot: Tensor, wanted: Tensor) -> bool:
+    """Whether `slot` is `wanted` in its upper left corner, bit for bit, and zero elsewhere."""
+    expected = torch.zeros_like(slot)
+    expected[: wanted.shape[0], : wanted.shape[1]] = wanted.to(slot.device)
+    return torch.equal(slot, expected)
+
+
+class OneAdapter:
+    """vLLM's adapter arithmetic on a CPU, for an engine of one slot whose batches never mix adapters.
+
+    vLLM's own CPU path gathers the adapter's matrices once per token, and gives base rows the last slot's
+    adapter when a batch mixes them. With one slot, and every row of a call under the same adapter or none,
+    the same sum is two small matrix products. On a GPU vLLM's Triton kernels are left in place.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **_: object,
+    ) -> None:
+        """Add `scale * (x A^T) B^T` of every slice to its columns of `y`, in place."""
+        if self._wrapper.no_lora:
+            return
+        start = 0
+        for slot_a, slot_b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            if slot_b[0, 0].any():
+                y[:, start : start + width] += (x @ slot_a[0, 0].T) @ slot_b[0, 0].T * scale
+            start += width
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *_: object, **__: object
+    ) -> None:
+        """No admitted adapter touches the embedding; its slot stays zero, which `prove_slot` holds it to."""
+
+
+def install_one_adapter(model: nn.Module) -> None:
+    """Put `OneAdapter` before vLLM's arithmetic in every adapter layer of a CPU engine."""
+    for layer in model.modules():
+        if hasattr(layer, "lora_a_stacked"):
+            setattr(layer, "punica_wrapper", OneAdapter(layer.punica_wrapper))  # noqa: B010 (no parameter)

@@ -1,0 +1,200 @@
+"""One live vLLM engine, cut at the hook: load a candidate, prove it, stream its features."""
+
+# Shape suffixes: T tokens of one prompt, K = kept features.
+
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_auditor.config import EngineConfig
+from ray_auditor.engine import check_fit, num_layers_of
+from ray_auditor.engine.adapter import (
+    AdapterTensors,
+    install_one_adapter,
+    prove_slot,
+    read_adapter,
+    write_adapter,
+)
+from ray_auditor.engine.parameters import ParameterMap
+from ray_auditor.hub import Admitted, BaseModel
+from ray_auditor.hub.checkpoint import iter_tensors
+from ray_auditor.hub.weights import lies_below_hook
+from ray_auditor.sae import Sae
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", USE_HUB_KERNELS="0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+class PromptFeatures(NamedTuple):
+    """The engine's rows of one prompt, one a token, on the host."""
+
+    top_acts_TK: NDArray[np.float32]  # descending; 0 where inactive; NaN where the residual is not finite
+    top_idx_TK: NDArray[np.int32]  # -1 where inactive
+    fvu_error_T: NDArray[np.float32]
+    fvu_total_T: NDArray[np.float32]
+    sq_norm_T: NDArray[np.float32]  # squared norm of the residual
+
+
+class Engine:
+    """A base model truncated at the SAE's hook, into which candidates are swapped one after another.
+
+    vLLM keeps process-wide state, so a process holds one engine at a time; it computes in the calling
+    process, and `close` must come before another is made.
+    """
+
+    def __init__(self, base: BaseModel, sae: Sae, *, k: int, max_tokens: int, config: EngineConfig) -> None:
+        """Start vLLM on the base and prove that the base is what it holds.
+
+        Args:
+            base: The reference model; its tensors up to the hook are the only ones read.
+            sae: Encoder and hook.
+            k: Features kept per token.
+            max_tokens: Longest prompt, in tokens.
+            config: Numeric type, step size and memory of the engine.
+
+        Raises:
+            ValueError: As `check_fit`.
+            SwapError: vLLM's own loader did not place the base's tensors where this project reads them.
+        """
+        from vllm import LLM
+
+        from ray_auditor.engine.model import MODEL_INPUTS, ModelInputs, register_residual_model
+
+        check_fit(base, sae, k)
+        num_layers = num_layers_of(sae)
+        architecture = register_residual_model(base.config["architectures"][0])
+        self._base = base
+        self._names = tuple(name for name in base.tensors if lies_below_hook(name, num_layers))
+        self._bundles = TemporaryDirectory(prefix="ray-auditor-adapter-")
+        self._num_adapters = 0
+        self._adapter: AdapterTensors | None = None
+        self._inputs = ModelInputs(base, self._names, sae, k)
+        self._k = k
+        MODEL_INPUTS.append(self._inputs)
+        overrides = {"architectures": [architecture], "num_hidden_layers": num_layers}
+        if layer_types := base.config.get("layer_types"):
+            overrides["layer_types"] = layer_types[:num_layers]
+        self._llm = LLM(
+            str(base.path),
+            runner="pooling",
+            pooler_config={"tok_pooling_type": "ALL", "use_activation": False},
+            hf_overrides=overrides,
+            load_format="ray_auditor",
+            dtype=config.dtype.value,
+            max_model_len=max_tokens,
+            max_num_batched_tokens=max(config.max_step_tokens, max_tokens),
+            max_num_seqs=config.max_step_prompts,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=False,
+            enforce_eager=config.eager,
+            distributed_executor_backend="uni",
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+            enable_lora=config.max_lora_rank > 0,
+            max_lora_rank=config.max_lora_rank or 1,
+            max_loras=1,
+            disable_log_stats=True,
+        )
+        model = self._inputs.model
+        assert model is not None
+        self._model = model
+        self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
+        if next(model.parameters()).device.type == "cpu":
+            install_one_adapter(model)
+        self._loaded = base.key
+        self._map.prove(
+            self._map.expect(iter_tensors(base.tensors, self._names))
+        )  # vLLM's own loader wrote it
+
+    def load(self, candidate: Admitted | None) -> str:
+        """Make `candidate` (None: the base) what the next `encode` runs.
+
+        Full weights are proven here, tensor by tensor; an adapter is proven after each `encode`, in the
+        slot it was applied from.
+
+        Returns:
+            What holds, for the record.
+
+        Raises:
+            SwapError: The swap could not be proven; the engine must be discarded.
+            CandidateError: The candidate's files are not what was admitted.
+        """
+        self._drop_adapter()
+        full = candidate if candidate is not None and candidate.lora is None else None
+        wanted = full.content_sha256 if full else self._base.key
+        if wanted != self._loaded:
+            self._loaded = ""
+            tensors = full.tensors if full else self._base.tensors
+            self._map.prove(self._map.write(iter_tensors(tensors, self._names)))
+            self._loaded = wanted
+        if candidate is not None and candidate.lora is not None:
+            self._adapter = read_adapter(candidate.lora, candidate.tensors, self._map.dtype)
+            self._num_adapters += 1
+            if self._adapter:
+                write_adapter(self._bundle, self._adapter)
+            return f"{len(self._adapter)} adapter modules bit for bit in their slot, after the run"
+        return f"{len(self._map.slots)} tensors on the device by checksum against the file"
+
+    def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptFeatures]:
+        """Run prompts of token ids through what was loaded; features come in the order of the prompts.
+
+        Raises:
+            SwapError: The adapter was not in its slot; nothing of this call may be kept.
+        """
+        from vllm.lora.request import LoRARequest
+
+        request = None
+        if self._adapter:
+            request = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, str(self._bundle))
+        outputs = self._llm.encode(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            pooling_task="token_embed",
+            lora_request=request,
+            use_tqdm=False,
+        )
+        if self._adapter:
+            prove_slot(self._model, self._adapter, self._map.packed)
+        for ids, output in zip(prompts, outputs, strict=True):
+            packed = output.outputs.data
+            assert packed.shape[0] == len(ids), f"{packed.shape[0]} rows for {len(ids)} tokens"
+            yield self._unpack(packed)
+
+    def close(self) -> None:
+        """Shut vLLM down and free the device, so that another engine can start in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        from ray_auditor.engine.model import MODEL_INPUTS
+
+        self._llm.llm_engine.engine_core.shutdown()
+        MODEL_INPUTS.remove(self._inputs)
+        del self._llm, self._model, self._map, self._inputs
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        self._bundles.cleanup()
+
+    @property
+    def _bundle(self) -> Path:
+        return Path(self._bundles.name) / str(self._num_adapters)
+
+    def _drop_adapter(self) -> None:
+        if self._adapter:
+            self._llm.llm_engine.remove_lora(self._num_adapters)
+        self._adapter = None
+
+    def _unpack(self, packed: torch.Tensor) -> PromptFeatures:
+        k = self._k
+        rows = packed.cpu().numpy()
+        return PromptFeatures(
+            np.ascontiguousarray(rows[:, :k]),
+            np.ascontiguousarray(rows[:, k : 2 * k]).view(np.int32),
+            rows[:, 2 * k].copy(),
+            rows[:, 2 * k + 1].copy(),
+            rows[:, 2 * k + 2].copy(),
+        )

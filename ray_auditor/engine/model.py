@@ -1,0 +1,134 @@
+"""The model the engine runs: a vLLM architecture cut at the hook, whose pooler encodes.
+
+vLLM builds models from a class and a configuration alone, in a place its caller never sees. What ours
+needs besides (the encoder, the base's tensors) travels in `MODEL_INPUTS`; one engine lives in a process.
+"""
+
+# Shape suffixes: N packed tokens, D = d_in, K = kept features.
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from auditor_kernels import encode_topk, fvu_parts
+from torch import Tensor, nn
+from vllm.config import LoadConfig, ModelConfig
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.pooler.tokwise.methods import AllPool
+from vllm.model_executor.layers.pooler.tokwise.poolers import TokenPooler
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from ray_auditor.hub import BaseModel
+from ray_auditor.hub.checkpoint import iter_tensors
+from ray_auditor.sae import Sae, normalise_resid
+
+NUM_SCALARS = 3  # columns behind the 2 K of a packed row: FVU error, FVU total, squared residual norm
+
+
+@dataclass
+class ModelInputs:
+    """What the model class needs beyond its vLLM configuration, and the model once it is built."""
+
+    base: BaseModel
+    tensor_names: tuple[str, ...]
+    sae: Sae
+    k: int
+    model: nn.Module | None = None
+
+
+MODEL_INPUTS: list[ModelInputs] = []
+
+
+class ResidualStream(nn.Module):
+    """Stands where the final norm stood and adds the two halves of vLLM's fused residual stream.
+
+    After the last layer kept, `hidden + residual` is `hook_resid_post` of that layer.
+    """
+
+    def forward(self, hidden_ND: Tensor, residual_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream, in the place and form of the norm's result."""
+        return hidden_ND + residual_ND, residual_ND
+
+
+class FeaturePool(AllPool):  # type: ignore[misc]
+    """Encodes every scheduled chunk on the device; only `2 K + 3` numbers a token leave it."""
+
+    def __init__(self, sae: Sae, k: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.encoder = sae.encoder.to(device=device, dtype=dtype)
+        self.normalisation = sae.normalisation
+        self.k = k
+
+    def get_supported_tasks(self) -> set[str]:
+        """Token-wise outputs only."""
+        return {"token_embed"}
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
+        """Pack `[acts K | idx K as int32 bits | error | total | |resid|^2]` per token, fp32."""
+        return super().forward(self.pack(hidden_states), pooling_metadata)  # type: ignore[no-any-return]
+
+    def pack(self, resid_ND: Tensor) -> Tensor:
+        """Encode residuals `[N, D]` to packed rows `[N, 2 K + 3]`, fp32."""
+        sq_norm_N1 = resid_ND.float().square().sum(-1, keepdim=True)
+        resid_ND = normalise_resid(resid_ND, self.normalisation).to(self.encoder.W_enc_DF.dtype)
+        top = encode_topk(resid_ND, self.encoder, k=self.k)
+        error_N, total_N = fvu_parts(resid_ND, top, self.encoder)
+        idx_NK = top.top_idx_NK.view(torch.float32)
+        return torch.cat([top.top_acts_NK, idx_NK, error_N[:, None], total_N[:, None], sq_norm_N1], dim=-1)
+
+
+@register_model_loader("ray_auditor")
+class BaseLoader(BaseModelLoader):  # type: ignore[misc]
+    """Feeds vLLM the base's tensors up to the hook and no others."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing to fetch: the base is a local folder."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load the base through the architecture's own `load_weights`."""
+        model.load_weights(self._tensors())  # type: ignore[operator]
+
+    @staticmethod
+    def _tensors() -> Iterator[tuple[str, Tensor]]:
+        inputs = MODEL_INPUTS[-1]
+        yield from iter_tensors(inputs.base.tensors, inputs.tensor_names)
+
+
+def register_residual_model(architecture: str) -> str:
+    """Derive and register the residual-stream model of a vLLM architecture.
+
+    Returns:
+        The registered name, for `hf_overrides["architectures"]`.
+    """
+    parent = ModelRegistry._try_load_model_cls(architecture)
+    assert parent is not None, f"vLLM has no {architecture}"
+
+    class ResidualModel(parent):  # type: ignore[misc,valid-type]
+        is_pooling_model = True
+
+        def __init__(self, *, vllm_config: object, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            inputs = MODEL_INPUTS[-1]
+            self.model.norm = ResidualStream()
+            if hasattr(self, "lm_head"):
+                del self.lm_head
+            for module in self.modules():
+                if isinstance(module, LinearBase):
+                    # On a CPU vLLM would repack the weight and drop the readable copy; a swap is proven
+                    # on the parameter that the matmul reads, so that parameter has to stay.
+                    module._cpu_skip_gemm_dispatch = True
+            parameter = next(self.model.layers.parameters())
+            pool = FeaturePool(inputs.sae, inputs.k, parameter.dtype, parameter.device)
+            self.pooler = TokenPooler(pooling=pool, head=None)
+            inputs.model = self
+
+    name = f"Residual{architecture}"
+    ResidualModel.__name__ = ResidualModel.__qualname__ = name
+    ModelRegistry.register_model(name, ResidualModel)
+    return name

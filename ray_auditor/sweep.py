@@ -1,0 +1,146 @@
+"""The Ray driver: which units to run, the window in flight, retries, quarantine, resume."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ray_auditor.config import AuditConfig, ClusterConfig
+from ray_auditor.findings import conclude
+from ray_auditor.hub import CandidateError
+from ray_auditor.plan import Plan, make_plan
+from ray_auditor.report.progress import SweepProgress
+from ray_auditor.worker import Assignment, Worker
+
+POLL_S = 0.5
+MAX_REASON_CHARS = 300
+
+
+@dataclass(frozen=True)
+class Flight:
+    """An assignment on its way through a worker."""
+
+    worker: Any
+    assignment: Assignment
+    attempt: int
+    deadline: float  # monotonic seconds
+
+
+class BaseFailed(RuntimeError):
+    """The base itself could not be encoded, so nothing can be compared."""
+
+
+def run_sweep(config: AuditConfig) -> int:
+    """The verb `sweep`: audit what is not done yet, then reduce, flag and report.
+
+    Returns:
+        The exit code: 0 nothing stands out, 1 findings, 2 some failed, 3 nothing to audit.
+
+    Raises:
+        ValueError: An input is missing or does not fit; nothing has run.
+    """
+    plan = make_plan(config)
+    todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
+    bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
+    stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
+    failures: dict[str, CandidateError | str] = {}
+    if plan.assignments and (todo or stages):
+        num_units = len(plan.assignments) + len(bases)
+        with cluster(config.cluster) as num_threads, SweepProgress(num_units) as progress:
+            failures = run_stages([*stages, todo], plan, num_threads, progress)
+    return conclude(plan, failures)
+
+
+def run_stages(
+    stages: Sequence[Sequence[Assignment]], plan: Plan, num_threads: int, progress: SweepProgress
+) -> dict[str, CandidateError | str]:
+    """Run every stage's assignments, each stage after the one before; keep every worker busy.
+
+    One assignment is in flight per worker, the largest first. A worker that raised anything but a
+    `CandidateError`, died, or overran its deadline holds an engine in an unknown state: it is replaced, and
+    its assignment tried again on a fresh one up to `cluster.max_attempts` times.
+
+    Returns:
+        By unit key, why an assignment has no result: the candidate's own error, or ours in words.
+
+    Raises:
+        BaseFailed: The base could not be encoded.
+    """
+    config = plan.config.cluster
+    spec = ray.put(plan.worker_spec(num_threads))
+    actor = ray.remote(Worker).options(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)
+    idle = deque(actor.remote(spec) for _ in range(config.num_workers))
+    failures: dict[str, CandidateError | str] = {}
+    num_tokens, num_done = 0, progress.total - sum(map(len, stages))
+    for stage in stages:
+        queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
+        flying: dict[Any, Flight] = {}
+        while queue or flying:
+            while queue and idle:
+                worker, (task, attempt) = idle.popleft(), queue.popleft()
+                deadline = time.monotonic() + config.unit_timeout_s
+                flying[worker.audit.remote(task)] = Flight(worker, task, attempt, deadline)
+            counts = {"ok": num_done - len(failures), "failed": len(failures), "running": len(flying)}
+            progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
+            for reference in landed_or_overdue(flying):
+                flight = flying.pop(reference)
+                failure = failure_of(reference)
+                if failure is None or isinstance(failure, CandidateError):
+                    idle.append(flight.worker)
+                else:
+                    ray.kill(flight.worker)
+                    idle.append(actor.remote(spec))
+                    if flight.attempt < config.max_attempts:
+                        queue.append((flight.assignment, flight.attempt + 1))
+                        continue
+                num_done += 1
+                num_tokens += plan.suites.num_tokens
+                if failure is not None:
+                    failures[flight.assignment.unit.key] = failure
+                    if flight.assignment.candidate is None:
+                        raise BaseFailed(f"{flight.assignment.name} could not be encoded: {failure}")
+    return failures
+
+
+def landed_or_overdue(flying: dict[Any, Flight]) -> list[Any]:
+    """References that are ready, after a short wait, and those past their deadline."""
+    ready, waiting = ray.wait(list(flying), num_returns=1, timeout=POLL_S)
+    now = time.monotonic()
+    return [*ready, *(reference for reference in waiting if now > flying[reference].deadline)]
+
+
+def failure_of(reference: Any) -> CandidateError | str | None:
+    """None when the assignment was committed; the quarantine line: whatever went wrong ends here."""
+    try:
+        ray.get(reference, timeout=0)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, CandidateError):
+            return cause
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            return "unit_timeout: cluster.unit_timeout_s passed"
+        text = f"{type(cause or error).__name__}: {str(cause or error).strip().splitlines()[-1]}"
+        return text[:MAX_REASON_CHARS]
+    return None
+
+
+@contextmanager
+def cluster(config: ClusterConfig) -> Iterator[int]:
+    """A Ray session, local unless an address is given; yields the threads each worker computes with."""
+    num_cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.address is not None:
+        ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+    else:
+        num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
+        ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield config.threads_per_worker or max(1, num_cores // config.num_workers)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,154 @@
+"""The Ray actor: one candidate in, one committed shard out."""
+
+# Shape suffixes: T tokens of one prompt, N scored tokens, K = kept features.
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ray_auditor.config import EngineConfig
+from ray_auditor.hub import Admitted, BaseModel
+from ray_auditor.sae import Sae
+from ray_auditor.store import Store, TokenRows, Unit
+from ray_auditor.suites import Suites
+
+SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's median norm is a sink
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All a worker needs; equal for every worker of a sweep."""
+
+    base: BaseModel
+    base_unit: Unit
+    sae: Sae
+    suites: Suites
+    k: int
+    engine: EngineConfig
+    store_path: Path
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One unit to compute. `candidate` None is the base; `reverse` runs the prompts in another batching."""
+
+    unit: Unit
+    candidate: Admitted | None
+    reverse: bool = False
+
+    @property
+    def name(self) -> str:
+        """What progress calls it."""
+        if self.candidate is not None:
+            return self.candidate.candidate.id
+        return "base (noise floor)" if self.reverse else "base"
+
+    @property
+    def num_bytes(self) -> int:
+        """What the queue is ordered by."""
+        return self.candidate.candidate.num_bytes if self.candidate else 0
+
+
+class Worker:
+    """Owns one live engine. After any exception its state is unknown and the driver discards the actor."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        """Start the engine on the base."""
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+        for name in SECRETS:
+            os.environ.pop(name, None)
+        torch.set_num_threads(spec.num_threads)
+        from ray_auditor.engine.live import Engine
+
+        self._spec = spec
+        self._store = Store(spec.store_path)
+        self._prompts = [
+            (suite_id, number, prompt)
+            for suite_id, suite in enumerate(spec.suites.suites)
+            for number, prompt in enumerate(suite.prompts)
+        ]
+        max_tokens = max(len(prompt.token_ids) for _, _, prompt in self._prompts)
+        self._engine = Engine(spec.base, spec.sae, k=spec.k, max_tokens=max_tokens, config=spec.engine)
+
+    def audit(self, assignment: Assignment) -> int:
+        """Load, prove, stream, commit.
+
+        Returns:
+            Tokens run.
+
+        Raises:
+            CandidateError: The candidate's files are not what was admitted.
+            SwapError: The engine does not hold the candidate, or no longer does.
+        """
+        started = time.perf_counter()
+        proof = self._engine.load(assignment.candidate)
+        loaded = time.perf_counter()
+        rows = self._encode(reverse=assignment.reverse, is_base=assignment.unit == self._spec.base_unit)
+        encoded = time.perf_counter()
+        record = {
+            "name": assignment.name,
+            "proof": proof,
+            "num_tokens_run": self._spec.suites.num_tokens,
+            "load_s": round(loaded - started, 3),
+            "encode_s": round(encoded - loaded, 3),
+        }
+        self._store.commit(assignment.unit, rows, record)
+        return self._spec.suites.num_tokens
+
+    def _encode(self, *, reverse: bool, is_base: bool) -> TokenRows:
+        order = self._prompts[::-1] if reverse else self._prompts
+        features = list(self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order]))
+        if is_base:
+            masks = self._mask_sinks([row.sq_norm_T for row in features])
+        else:
+            masks = self._base_masks()
+        picked = [
+            (suite_id, number, np.flatnonzero(masks[suite_id, number]), row)
+            for (suite_id, number, _), row in zip(order, features, strict=True)
+        ]
+        counts = [len(positions) for _, _, positions, _ in picked]
+        return TokenRows.from_unsorted(
+            np.repeat([suite_id for suite_id, *_ in picked], counts),
+            np.repeat([number for _, number, *_ in picked], counts),
+            np.concatenate([positions for _, _, positions, _ in picked]),
+            np.concatenate([row.top_idx_TK[positions] for *_, positions, row in picked]),
+            np.concatenate([row.top_acts_TK[positions] for *_, positions, row in picked]),
+            np.concatenate([row.fvu_error_T[positions] for *_, positions, row in picked]),
+            np.concatenate([row.fvu_total_T[positions] for *_, positions, row in picked]),
+        )
+
+    def _mask_sinks(
+        self, sq_norms: Sequence[NDArray[np.float32]]
+    ) -> dict[tuple[int, int], NDArray[np.bool_]]:
+        """Content positions of the base that are not attention sinks, by (suite, prompt)."""
+        masks = {}
+        for suite_id in range(len(self._spec.suites.suites)):
+            of_suite = [
+                (number, prompt.content, norms)
+                for (owner, number, prompt), norms in zip(self._prompts, sq_norms, strict=True)
+                if owner == suite_id
+            ]
+            median = np.median(np.concatenate([norms[content] for _, content, norms in of_suite]))
+            for number, content, norms in of_suite:
+                masks[suite_id, number] = content & ~(norms > SINK_NORM_RATIO**2 * median)
+        return masks
+
+    def _base_masks(self) -> dict[tuple[int, int], NDArray[np.bool_]]:
+        """The positions the base's unit scored: the same for every candidate."""
+        rows = self._store.read_rows(self._spec.base_unit.key)
+        masks = {}
+        for suite_id, number, prompt in self._prompts:
+            masks[suite_id, number] = np.zeros(len(prompt.token_ids), dtype=bool)
+        for suite_id, number, position in zip(
+            rows.suite_N.tolist(), rows.prompt_N.tolist(), rows.position_N.tolist(), strict=True
+        ):
+            masks[suite_id, number][position] = True
+        return masks
