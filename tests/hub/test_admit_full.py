@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 import time
@@ -11,6 +12,7 @@ from hub_folders import CONFIG, NUM_LAYERS, Hub, model_tensors, write_safetensor
 
 from ray_auditor.hub import CandidateError, admit, list_folder, open_base
 from ray_auditor.hub.checkpoint import iter_tensors
+from ray_auditor.hub.folder import read_exactly
 from ray_auditor.hub.model_config import check_bounds, computation_fields, find_differences
 
 INDEX = "model.safetensors.index.json"
@@ -138,6 +140,28 @@ def test_B6_the_index_names_a_tensor_its_shard_lacks(hub: Hub) -> None:
     assert hub.refusal().reason.startswith(
         "rejected:missing_tensor: the index puts model.embed_tokens.weight in"
     )
+
+
+def test_B6_the_index_names_a_tensor_no_shard_has(hub: Hub) -> None:
+    folder = hub.full()
+    weight_map = shard(folder)
+    write_index(folder, weight_map | {"model.layers.9.w": "model-00002-of-00002.safetensors"})
+    assert hub.refusal().reason.startswith("rejected:missing_tensor: the index puts model.layers.9.w in")
+
+
+def test_weights_that_change_while_they_are_hashed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that is still running must not be admitted under a hash of its halves."""
+    weights = hub.full() / "model.safetensors"
+    base = hub.base
+
+    def read_and_touch(fd: int, start: int, num_bytes: int, name: str) -> bytes:
+        os.utime(weights, ns=(0, 0))
+        return read_exactly(fd, start, num_bytes, name)
+
+    monkeypatch.setattr("ray_auditor.hub.content.read_exactly", read_and_touch)
+    (found,) = list_folder(hub.root)
+    with pytest.raises(CandidateError, match="rejected:changed: "):
+        admit(found, base, num_layers=NUM_LAYERS, max_lora_rank=16)
 
 
 def test_wrong_shape(hub: Hub) -> None:

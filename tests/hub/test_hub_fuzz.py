@@ -21,7 +21,7 @@ from safetensors import SafetensorError, deserialize
 from ray_auditor.hub import BaseModel, Candidate, CandidateError, WeightFile, admit, open_base
 from ray_auditor.hub.header import parse_header
 
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
     st.sampled_from([0, -1, 1, 2, 10**9, 1 << 62, "", "../x", "\ud800", "linear", "all-linear", "LORA"]),
