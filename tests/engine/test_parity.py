@@ -1,0 +1,111 @@
+"""Residuals out of the engine against transformers' hidden states, family by family."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ray_auditor.config import Dtype, EngineConfig
+from ray_auditor.engine.live import Engine
+from ray_auditor.hub import Candidate, admit, open_base
+from ray_auditor.sae import Sae
+from tests.tiny import (
+    D_IN,
+    MODEL_TYPES,
+    hidden_states,
+    make_adapter,
+    make_model,
+    make_sae,
+    mirror_sae,
+    unmirror,
+)
+
+PROMPTS = [
+    [1 + (7 * p + t * t) % 255 for t in range(n)] for p, n in enumerate((5, 100, 33, 130, 17, 64, 1, 90))
+]
+SETTINGS = EngineConfig(max_step_tokens=64, max_step_prompts=4, kv_cache_bytes=16 << 20, max_lora_rank=8)
+
+
+@contextmanager
+def open_engine(path: Path, sae: Sae, *, k: int, settings: EngineConfig = SETTINGS) -> Iterator[Engine]:
+    engine = Engine(open_base(path), sae, k=k, max_tokens=132, config=settings)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def residuals(engine: Engine) -> list[torch.Tensor]:
+    return [
+        unmirror(torch.from_numpy(rows.top_acts_TK), torch.from_numpy(rows.top_idx_TK))
+        for rows in engine.encode(PROMPTS)
+    ]
+
+
+def relative_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_residuals_equal_transformers(model_type: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "base", model_type)
+    for hook_layer, hook_point in ((2, "resid_post"), (2, "resid_pre")):
+        with open_engine(path, mirror_sae(hook_layer, hook_point), k=D_IN) as engine:
+            wanted = hidden_states(path, PROMPTS, f"blocks.{hook_layer}.hook_{hook_point}")
+            assert relative_error(residuals(engine), wanted) < 1e-5
+
+
+def test_a_prompt_in_chunks_and_alone_gives_the_same_rows(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "base")
+    with open_engine(path, make_sae(), k=16) as engine:
+        together = list(engine.encode(PROMPTS))
+        for ids, rows in zip(PROMPTS, together, strict=True):
+            (alone,) = engine.encode([ids])
+            assert (alone.top_idx_TK == rows.top_idx_TK).mean() > 0.999
+            torch.testing.assert_close(
+                torch.from_numpy(alone.top_acts_TK), torch.from_numpy(rows.top_acts_TK)
+            )
+
+
+def test_swapped_weights_and_adapters_equal_transformers_and_leave_no_trace(tmp_path: Path) -> None:
+    """A -> full B -> adapter on A -> another adapter -> A: every state is what a fresh model would be."""
+    hook, sae = "blocks.2.hook_resid_post", mirror_sae(2, "resid_post")
+    path = make_model(tmp_path / "base")
+    other = make_model(tmp_path / "other", seed=1)
+    adapters = [make_adapter(tmp_path / f"adapter{r}", path, seed=r, rank=r) for r in (2, 8)]
+    base = open_base(path)
+
+    def admitted(folder: Path, kind: str) -> object:
+        found = Candidate(folder.name, folder, kind, 0)  # type: ignore[arg-type]
+        return admit(found, base, num_layers=3, max_lora_rank=8)
+
+    with open_engine(path, sae, k=D_IN) as engine:
+        first = residuals(engine)
+        for folder, kind in (
+            (other, "full"),
+            (adapters[0], "adapter"),
+            (other, "full"),
+            (adapters[1], "adapter"),
+        ):
+            engine.load(admitted(folder, kind))  # type: ignore[arg-type]
+            if kind == "full":
+                wanted = hidden_states(folder, PROMPTS, hook)
+            else:
+                wanted = hidden_states(path, PROMPTS, hook, adapter=folder)
+            assert relative_error(residuals(engine), wanted) < 1e-5
+            assert relative_error(wanted, first) > 0.1
+        engine.load(None)
+        for again, before in zip(residuals(engine), first, strict=True):
+            assert torch.equal(again, before)
+
+
+def test_half_precision_stays_near_transformers(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "base", "gemma2")
+    settings = EngineConfig(
+        dtype=Dtype.bfloat16, max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=0
+    )
+    with open_engine(path, mirror_sae(2, "resid_post"), k=D_IN, settings=settings) as engine:
+        wanted = hidden_states(path, PROMPTS, "blocks.2.hook_resid_post")
+        assert relative_error(residuals(engine), wanted) < 0.1
