@@ -10,7 +10,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from auditor_kernels.launch import SLICES, Launcher
+from auditor_kernels.launch import Launcher
 from auditor_kernels.weights import TopK
 
 # A guess of the k-th value is lowered by this, so that a token whose k-th value fell a little still certifies.
@@ -21,6 +21,7 @@ MIN_CHUNK = 2048
 # Tokens recomputed more often than this are not worth a faster first pass.
 EXPECTED_RECOMPUTED = 0.003
 MAX_PER_GROUP = 8
+ROW_SLICES = 32
 
 
 def per_group(expected: int, d_sae: int) -> int | None:
@@ -47,67 +48,63 @@ def chunk_tokens(num_tokens: int, bytes_per_token: int, d_sae: int) -> int:
     return min(num_tokens, max(MIN_CHUNK, -(-num_tokens // (chunks * 256)) * 256))
 
 
-def lower_hint(hint_N: Tensor) -> Tensor:
-    """Floors from guesses; a guess that is no number admits nothing and is recomputed."""
-    floor_n = (hint_N.float() * HINT_SLACK).clamp(min=0)
-    return torch.where(floor_n.isnan(), torch.inf, floor_n)
-
-
 # A filter over one chunk: (tokens, floor [T], count [T] zeroed, candidates [T, CAP]).
 FilterPass = Callable[[slice, Tensor, Tensor, Tensor], None]
 
 
-def _chunks(launcher: Launcher, bytes_per_token: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Chunks of tokens, each with its zeroed counts and its candidate list (one buffer, reused)."""
+def _chunks(launcher: Launcher, bytes_per_token: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Chunks of tokens, each with counts [T] and an empty list of tokens [1 + T], zeroed, and candidates."""
     num_tokens = launcher.x_ND.shape[0]
     size = chunk_tokens(num_tokens, bytes_per_token, launcher.d_sae)
     cand = launcher.x_ND.new_empty(size, launcher.cap, dtype=torch.int64)
     for start in range(0, num_tokens, size):
         tokens = min(size, num_tokens - start)
-        count = launcher.x_ND.new_zeros(tokens, dtype=torch.int32)
-        yield slice(start, start + tokens), count, cand[:tokens]
+        zeroed = launcher.x_ND.new_zeros(2 * tokens + 1, dtype=torch.int32)
+        yield slice(start, start + tokens), zeroed[:tokens], zeroed[tokens:], cand[:tokens]
 
 
 def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | None = None) -> TopK:
     """One GEMM whose epilogue keeps what exceeds a floor per token; `filter_pass` replaces Triton's."""
-    floor_n = lower_hint(hint_N)
+    # A guess that is no number admits nothing, and the token is recomputed; below 0 it is as good as 0.
+    floor_n = hint_N.float() * HINT_SLACK
     m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
-    for part, count, cand in _chunks(launcher, 8 * launcher.cap):
+    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap):
         floor = floor_n[part]
         if filter_pass is None:
             launcher.gemm(part, m, floor, count, cand, None)
         else:
             filter_pass(part, floor, count, cand)
-        launcher.finish(part, floor, count, cand)
+        launcher.finish(part, floor, count, listed, cand)
     return TopK(launcher.val_NK, launcher.idx_NK)
 
 
 def encode_groups(launcher: Launcher) -> TopK:
     """One GEMM that keeps the top M of every group of 64; no floor needed, values to 17 bits of mantissa."""
     m = per_group(launcher.kept, launcher.d_sae) or MAX_PER_GROUP
-    for part, count, cand in _chunks(launcher, 8 * launcher.cap + 4 * m * (launcher.d_sae // 64)):
+    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * m * (launcher.d_sae // 64)):
         floor = torch.zeros_like(count, dtype=torch.float32)
         launcher.groups_pass(part, m, floor, count, cand, floor_only=False)
-        launcher.finish(part, floor, count, cand)
+        launcher.finish(part, floor, count, listed, cand)
     return TopK(launcher.val_NK, launcher.idx_NK)
 
 
 def encode_two_pass(launcher: Launcher) -> TopK:
     """Group maxima for a floor that holds, then the filter: two GEMMs, all 24 bits of mantissa."""
     m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
-    for part, count, cand in _chunks(launcher, 8 * launcher.cap + 4 * (launcher.d_sae // 64)):
+    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * (launcher.d_sae // 64)):
         floor = torch.zeros_like(count, dtype=torch.float32)
         launcher.groups_pass(part, 1, floor, count, cand, floor_only=True)
         launcher.gemm(part, m, floor, count, cand, None)
-        launcher.finish(part, floor, count, cand)
+        launcher.finish(part, floor, count, listed, cand)
     return TopK(launcher.val_NK, launcher.idx_NK)
 
 
 def encode_rows(launcher: Launcher) -> TopK:
     """Every token by the exact row kernel: for few tokens, or k so large that no filter would certify."""
-    for part, count, cand in _chunks(launcher, 8 * max(launcher.cap, SLICES * launcher.k)):
+    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap):
         tokens = count.shape[0]
-        listed = torch.arange(-1, tokens, dtype=torch.int32, device=count.device)
+        torch.arange(-1, tokens, out=listed)
         listed[0] = tokens
-        launcher.recompute(part, listed, cand)
+        space = cand if tokens > MIN_CHUNK else cand.new_empty(tokens, ROW_SLICES, launcher.k)
+        launcher.recompute(part, listed, space)
     return TopK(launcher.val_NK, launcher.idx_NK)

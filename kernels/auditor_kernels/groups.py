@@ -5,8 +5,8 @@ so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by
 makes the keys of a group distinct and carries the index along for free: keys hold 17 bits of mantissa.
 
 Without a hint every group's M largest keys are written (`[T, M, F / 64]`), for `select` to rank. With a
-threshold per token only keys above it are appended to the token's candidate list, with their exact values.
-Either way a group that may have held more than M is reported, never trusted.
+threshold per token only keys above it are appended to the token's candidate list (with EXACT, which costs
+registers, their values are kept to the last bit). Either way a group that may have held more than M is reported, never trusted.
 """
 
 # Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
@@ -34,6 +34,22 @@ def group_column(group, slot, BN: tl.constexpr):
 
 
 @triton.jit
+def middle_bits(key, LOW: tl.constexpr):
+    """The score of a key: the bits that the place displaced are gone, the middle of their range stands in."""
+    return (key & -(1 << LOW)) | (1 << (LOW - 1))
+
+
+@triton.jit
+def _place_keys(raw, TWO_SIDED: tl.constexpr):
+    """Keys of (rows, groups, 64) scores, from their float bits: the low bits become the place (and the sign)."""
+    place = tl.arange(0, 64)[None, None, :]
+    if TWO_SIDED:
+        return (raw & 0x7FFFFF80) | (place * 2 + ((raw >> 31) & 1))
+    else:
+        return (raw & -64) | place
+
+
+@triton.jit(do_not_specialize=["T", "F", "CAP"])
 def group_gemm(
     x_desc,
     w_desc,
@@ -49,6 +65,7 @@ def group_gemm(
     CAP,
     M: tl.constexpr,
     FILTER: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -86,29 +103,21 @@ def group_gemm(
         in_range = n0 + cols < F
         # A column past F must never win: its products are 0, so its bias decides.
         acc += tl.load(bias_ptr + n0 + cols, mask=in_range, other=-3.0e38)[None, :]
-        slot = ((cols // 8) % 32) * 2 + cols % 2
-        if TWO_SIDED:
-            acc = tl.where(in_range[None, :], acc, 0.0)
-            negative = (acc < 0).to(tl.int32)
-            bits = tl.abs(acc).to(tl.int32, bitcast=True)
-            key = (bits & ~low_mask) | (slot[None, :] * 2 + negative)
-        else:
-            bits = acc.to(tl.int32, bitcast=True)
-            key = (bits & ~low_mask) | slot[None, :]
         if HAS_THRESHOLD:
             threshold = tl.load(threshold_ptr + n0 + cols, mask=in_range, other=3.0e38)
             score = tl.abs(acc) if TWO_SIDED else acc
-            key = tl.where(score > threshold[None, :], key, 0)
+            acc = tl.where((score > threshold[None, :]) | (score != score), acc, 0.0)
+        elif TWO_SIDED:
+            acc = tl.where(in_range[None, :], acc, 0.0)
         # (BM, groups of the tile, 64): a relabelling of registers, no data moves.
-        key = tl.reshape(key, (BM, per_tile // 4, 32, 4, 2))
-        key = tl.reshape(tl.permute(key, (0, 1, 3, 2, 4)), (BM, per_tile, 64))
+        raw = tl.reshape(acc.to(tl.int32, bitcast=True), (BM, per_tile // 4, 32, 4, 2))
+        raw = tl.reshape(tl.permute(raw, (0, 1, 3, 2, 4)), (BM, per_tile, 64))
+        key = _place_keys(raw, TWO_SIDED)
         rows = m0 + tl.arange(0, BM)
         live = rows < T
         group = n0 // 64 + tl.arange(0, per_tile)
         live2 = live[:, None] & (group[None, :] < groups)
         if FILTER:
-            bits = tl.reshape(bits, (BM, per_tile // 4, 32, 4, 2))
-            bits = tl.reshape(tl.permute(bits, (0, 1, 3, 2, 4)), (BM, per_tile, 64))
             floor = tl.load(floor_ptr + rows, mask=live, other=float("inf"))
             # A row that has overflowed is recomputed anyway: stop appending to it.
             full = tl.load(count_ptr + rows, mask=live, other=0) > CAP
@@ -123,8 +132,10 @@ def group_gemm(
             )
             for p in tl.static_range(M):
                 top = tl.max(key, axis=2)
-                is_top = key == top[:, :, None]
-                top_bits = tl.max(tl.where(is_top, bits, 0), axis=2)
+                if EXACT:
+                    top_bits = tl.max(tl.where(key == top[:, :, None], raw & 0x7FFFFFFF, 0), axis=2)
+                else:
+                    top_bits = middle_bits(top, LOW)
                 place = top & low_mask
                 negative = place & 1 if TWO_SIDED else place * 0
                 feature = group_column(group[None, :], place // 2 if TWO_SIDED else place, BN)
@@ -135,7 +146,7 @@ def group_gemm(
                     mask=(p < hits) & (start + p < CAP) & live2,
                 )
                 if p < M - 1:
-                    key = tl.where(is_top, 0, key)
+                    key = tl.where(key < top[:, :, None], key, 0)
         else:
             for p in tl.static_range(M):
                 top = tl.max(key, axis=2)
@@ -145,7 +156,7 @@ def group_gemm(
                     key = tl.where(key < top[:, :, None], key, -2147483648)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["F", "groups", "kept", "CAP"])
 def select(
     keys_ptr,
     floor_ptr,
@@ -192,9 +203,7 @@ def select(
             place = key & low_mask
             negative = place & 1 if TWO_SIDED else place * 0
             feature = group_column(group, place // 2 if TWO_SIDED else place, BN)
-            # The bits that the place displaced are gone: the middle of their range is the best guess.
-            bits = (key & ~low_mask) | (1 << (LOW - 1))
-            packed = pack_key(bits, feature, negative)
+            packed = pack_key(middle_bits(key, LOW), feature, negative)
             tl.store(cand_ptr + row.to(tl.int64) * CAP + at, packed, mask=hit & (at < CAP))
             count += tl.sum(number, axis=0)
         overflowed = tl.max(key, axis=0) >= bound

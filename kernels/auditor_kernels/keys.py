@@ -31,15 +31,18 @@ def _bit(dims: tl.constexpr, position: tl.constexpr):
 
 
 @triton.jit
-def _exchange(cube, stage: tl.constexpr, ascending: tl.constexpr, last: tl.constexpr):
-    """The compare-exchanges of one bitonic stage; before the last one, runs alternate in direction."""
-    dims: tl.constexpr = len(cube.shape)
+def _compare(cube, position: tl.constexpr, upwards):
+    """Order each pair of keys whose indices differ in bit `position`."""
+    high = tl.max(cube, axis=len(cube.shape) - 1 - position, keep_dims=True)
+    low = tl.min(cube, axis=len(cube.shape) - 1 - position, keep_dims=True)
+    return tl.where(_bit(len(cube.shape), position) == upwards, high, low)
+
+
+@triton.jit
+def _exchange(cube, stage: tl.constexpr, upwards):
+    """The compare-exchanges of one bitonic stage."""
     for step in tl.static_range(stage):
-        position: tl.constexpr = stage - 1 - step
-        high = tl.max(cube, axis=dims - 1 - position, keep_dims=True)
-        low = tl.min(cube, axis=dims - 1 - position, keep_dims=True)
-        upwards = ascending if last else _bit(dims, stage)
-        cube = tl.where(_bit(dims, position) == upwards, high, low)
+        cube = _compare(cube, stage - 1 - step, upwards)
     return cube
 
 
@@ -50,16 +53,16 @@ def sort_keys(keys, ascending: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_WIDTH: 
     Written with min and max over axes of length 2, which both a GPU and Triton's interpreter run fast.
     """
     cube = tl.reshape(keys, [2] * (LOG_ROWS + LOG_WIDTH))
-    for stage in tl.static_range(1, LOG_WIDTH + 1):
-        cube = _exchange(cube, stage, ascending, stage == LOG_WIDTH)
-    return tl.reshape(cube, keys.shape)
+    for stage in tl.static_range(1, LOG_WIDTH):
+        cube = _exchange(cube, stage, _bit(LOG_ROWS + LOG_WIDTH, stage))
+    return tl.reshape(_exchange(cube, LOG_WIDTH, ascending), keys.shape)
 
 
 @triton.jit
 def merge_keys(descending, ascending, LOG_ROWS: tl.constexpr, LOG_WIDTH: tl.constexpr):
     """The larger half of two sorted lists, descending: their elementwise maximum is a bitonic sequence."""
     cube = tl.reshape(tl.maximum(descending, ascending), [2] * (LOG_ROWS + LOG_WIDTH))
-    return tl.reshape(_exchange(cube, LOG_WIDTH, 0, True), descending.shape)
+    return tl.reshape(_exchange(cube, LOG_WIDTH, 0), descending.shape)
 
 
 @triton.jit

@@ -15,8 +15,6 @@ from auditor_kernels.groups import group_gemm, select
 from auditor_kernels.prepared import Prepared
 from auditor_kernels.rank import rank_candidates, rank_slices, recompute_slices
 
-SLICES = 32
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -73,6 +71,7 @@ class Launcher:
             self.cap,
             m,
             keys is None,
+            x_td.dtype == torch.float32,
             prepared.has_threshold,
             prepared.two_sided,
             "tf32x3" if x_td.dtype == torch.float32 else "ieee",
@@ -109,10 +108,9 @@ class Launcher:
             num_warps=1 if width <= 512 else 4,
         )
 
-    def finish(self, part: slice, floor: Tensor, count: Tensor, cand: Tensor) -> None:
+    def finish(self, part: slice, floor: Tensor, count: Tensor, listed: Tensor, cand: Tensor) -> None:
         """Certify and rank a chunk, and recompute what does not certify, reusing the candidates' memory."""
         x_td = self.x_ND[part]
-        listed = count.new_zeros(1 + x_td.shape[0])
         rank_candidates[(x_td.shape[0],)](
             x_td,
             floor,
@@ -132,20 +130,7 @@ class Launcher:
         self.recompute(part, listed, cand)
 
     def recompute(self, part: slice, listed: Tensor, space: Tensor) -> None:
-        """Recompute the listed tokens of a chunk: the first of them in many slices, any others in few."""
-        tokens = listed.shape[0] - 1
-        blocks = -(-self.d_sae // 128)
-        first = 0
-        while first < tokens:
-            slices = min(blocks, max(1, SLICES if first == 0 else space.numel() // ((tokens - first) * self.k)))
-            last = min(tokens, first + space.numel() // (slices * self.k))
-            self.recompute_range(part, listed, space, first, last, slices, -(-blocks // slices))
-            first = last
-
-    def recompute_range(
-        self, part: slice, listed: Tensor, space: Tensor, first: int, last: int, slices: int, blocks_per_slice: int
-    ) -> None:
-        """One pair of launches over listed tokens number `first` to `last`."""
+        """Recompute the listed tokens of a chunk, with `space` (int64) for their partial lists."""
         prepared, programs = self.prepared, self.tiles.programs
         is_fp32 = self.x_ND.dtype == torch.float32
         recompute_slices[(programs,)](
@@ -155,30 +140,26 @@ class Launcher:
             prepared.threshold_F,
             listed,
             space,
-            first,
-            last,
             self.d_sae,
             self.width,
             self.k,
-            slices,
-            blocks_per_slice,
+            space.numel(),
             prepared.two_sided,
             "tf32x3" if is_fp32 else "ieee",
             4,
             32 if is_fp32 else 64,
             programs,
-            num_warps=4,
+            num_warps=8,
         )
         rank_slices[(programs,)](
             listed,
             space,
             self.val_NK[part],
             self.idx_NK[part],
-            first,
-            last,
+            self.d_sae,
             self.k,
             self.kept,
-            slices,
+            space.numel(),
             programs,
             num_warps=1,
         )

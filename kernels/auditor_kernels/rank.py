@@ -14,7 +14,7 @@ import triton.language as tl
 from auditor_kernels.keys import INF_KEY, LIST, LOG_LIST, merge_keys, pack_key, sort_keys, write_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D", "k", "kept", "CAP", "overflow_bound"])
 def rank_candidates(
     x_ptr,
     floor_ptr,
@@ -23,7 +23,7 @@ def rank_candidates(
     out_val_ptr,
     out_idx_ptr,
     listed_ptr,
-    D: tl.constexpr,
+    D,
     k,
     kept,
     CAP,
@@ -53,14 +53,21 @@ def rank_candidates(
             write_row(sort_keys(keys, 0, 0, LOG_LIST), out_val_ptr, out_idx_ptr, row, k, kept, LIST)
         else:
             wide_slot = tl.arange(0, 1 << LOG_WIDE)
-            keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0)
-            write_row(sort_keys(keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE)
+            wide_keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0)
+            write_row(sort_keys(wide_keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE)
     else:
         at = tl.atomic_add(listed_ptr, 1)
         tl.store(listed_ptr + 1 + at, row)
 
 
 @triton.jit
+def _slices(length, k, space, F):
+    """Slices of features per listed token: as many as the space for their lists allows, at most 32."""
+    wanted = space // (tl.maximum(length, 1).to(tl.int64) * k)
+    return tl.maximum(tl.minimum(tl.minimum(wanted, 32), tl.cdiv(F, LIST)), 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["F", "D", "k", "space"])
 def recompute_slices(
     x_ptr,
     w_ptr,
@@ -68,34 +75,32 @@ def recompute_slices(
     threshold_ptr,
     listed_ptr,
     part_ptr,
-    first,
-    last,
     F,
-    D: tl.constexpr,
+    D,
     k,
-    slices,
-    blocks_per_slice,
+    space,
     TWO_SIDED: tl.constexpr,
     PRECISION: tl.constexpr,
     LOG_BR: tl.constexpr,
     BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Exact top LIST of each slice of features, for listed tokens number `first` to `last`.
+    """Exact top k of each slice of features, for every listed token.
 
     Holds for any data: each block of LIST features is merged into a sorted list unless nothing in it can enter.
-    Writes `part_ptr` int64 [last - first, slices, k].
+    Writes `part_ptr` int64 [length, slices, k]; `space` is what it can hold, at least one slice per token.
     """
     BR: tl.constexpr = 1 << LOG_BR
-    length = tl.minimum(tl.load(listed_ptr), last)
-    tiles = tl.cdiv(tl.maximum(length - first, 0), BR)
-    for item in range(tl.program_id(0), tiles * slices, PROGRAMS):
+    length = tl.load(listed_ptr)
+    slices = _slices(length, k, space, F)
+    blocks = tl.cdiv(tl.cdiv(F, LIST), slices)
+    for item in range(tl.program_id(0), tl.cdiv(length, BR) * slices, PROGRAMS):
         part = item % slices
-        number = first + (item // slices) * BR + tl.arange(0, BR)
+        number = (item // slices) * BR + tl.arange(0, BR)
         live = number < length
         rows = tl.load(listed_ptr + 1 + number, mask=live, other=0).to(tl.int64)
         best = tl.zeros((BR, LIST), dtype=tl.int64)
-        for block in range(part * blocks_per_slice, (part + 1) * blocks_per_slice):
+        for block in range(part * blocks, (part + 1) * blocks):
             cols = block * LIST + tl.arange(0, LIST)
             in_range = cols < F
             acc = tl.zeros((BR, LIST), dtype=tl.float32)
@@ -110,33 +115,29 @@ def recompute_slices(
             acc += tl.load(bias_ptr + cols, mask=in_range, other=0.0)[None, :]
             threshold = tl.load(threshold_ptr + cols, mask=in_range, other=0.0)
             score = tl.abs(acc) if TWO_SIDED else acc
-            negative = (acc < 0).to(tl.int32)
-            finite = tl.abs(acc) < float("inf")
             bits = tl.where(score > threshold[None, :], score.to(tl.int32, bitcast=True), 0)
-            key = pack_key(bits, cols[None, :], negative)
-            key = tl.where(bits > 0, key, 0)
-            key = tl.where(finite, key, INF_KEY)
+            key = tl.where(bits > 0, pack_key(bits, cols[None, :], (acc < 0).to(tl.int32)), 0)
+            key = tl.where(tl.abs(acc) < float("inf"), key, INF_KEY)
             key = tl.where(live[:, None] & in_range[None, :], key, 0)
             worst = tl.min(best, axis=1)
             if tl.max((key > worst[:, None]).to(tl.int32)) > 0:
                 best = merge_keys(best, sort_keys(key, 1, LOG_BR, LOG_LIST), LOG_BR, LOG_LIST)
         slot = tl.arange(0, LIST)
-        at = ((number - first).to(tl.int64) * slices + part) * k
+        at = (number * slices + part) * k.to(tl.int64)
         tl.store(part_ptr + at[:, None] + slot[None, :], best, mask=live[:, None] & (slot[None, :] < k))
 
 
-@triton.jit
-def rank_slices(
-    listed_ptr, part_ptr, out_val_ptr, out_idx_ptr, first, last, k, kept, slices, PROGRAMS: tl.constexpr
-):
-    """Merge the slices of each recomputed token and write its row."""
-    length = tl.minimum(tl.load(listed_ptr), last)
+@triton.jit(do_not_specialize=["F", "k", "kept", "space"])
+def rank_slices(listed_ptr, part_ptr, out_val_ptr, out_idx_ptr, F, k, kept, space, PROGRAMS: tl.constexpr):
+    """Merge the slices of each listed token and write its row."""
+    length = tl.load(listed_ptr)
+    slices = _slices(length, k, space, F)
     slot = tl.arange(0, LIST)
-    for number in range(first + tl.program_id(0), length, PROGRAMS):
+    for number in range(tl.program_id(0), length, PROGRAMS):
         row = tl.load(listed_ptr + 1 + number)
         best = tl.zeros((LIST,), dtype=tl.int64)
         for part in range(slices):
-            at = ((number - first).to(tl.int64) * slices + part) * k
+            at = (number * slices + part) * k.to(tl.int64)
             upwards = LIST - 1 - slot  # each slice is read backwards: ascending
             keys = tl.load(part_ptr + at + upwards, mask=upwards < k, other=0)
             best = merge_keys(best, keys, 0, LOG_LIST)
