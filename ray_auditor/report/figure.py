@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ray_auditor.report.summary import Candidate, SuiteRate, Summary
 
-Z_BOUNDS = (1.0, 2.0, 3.5, 5.0)
+Z_BOUNDS = (1.0, 2.0, 3.0, 5.0)
 CHANGE_BOUNDS = (0.1, 0.25, 0.5, 0.75)
 PANEL_WIDTH, PANEL_HEIGHT = 300, 210
 PANEL_LEFT, PANEL_RIGHT, PANEL_TOP, PANEL_BOTTOM = 46, 290, 10, 174

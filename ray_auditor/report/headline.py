@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ray_auditor.report.number import percent, percent_interval, signed
+from ray_auditor.report.number import percent, percent_interval
 from ray_auditor.report.summary import NOT_AUDITED, Flag, Summary
 
 NAMED = 3
@@ -36,7 +36,7 @@ def _count(number: int, noun: str) -> str:
 
 def _name(flag: Flag) -> str:
     where = "over all suites" if flag.suite is None else f"on {flag.suite}"
-    return f"{flag.candidate} {where}" + ("" if flag.score is None else f" (score {signed(flag.score)})")
+    return f"{flag.candidate} {where}" + (f" ({flag.measure})" if flag.score is not None else "")
 
 
 def _opening(summary: Summary, num_flagged: int) -> str:
@@ -45,6 +45,8 @@ def _opening(summary: Summary, num_flagged: int) -> str:
     if not summary.audited:
         return "No listed candidate was audited, so nothing can be said about any of them"
     audited = _count(len(summary.audited), "audited candidate")
+    if not num_flagged and len(summary.audited) == 1:
+        return "The one audited candidate does not stand out on any suite, by the rules below"
     if not num_flagged:
         return f"None of {audited} stands out on any suite, by the rules below"
     return f"{num_flagged:,} of {audited} {'stands' if num_flagged == 1 else 'stand'} out"
@@ -59,9 +61,10 @@ def _how_sure(summary: Summary) -> str:
         if rate is not None and rate.difference_rate is not None:
             interval = percent_interval(rate.ci_low, rate.ci_high)
             parts.append(f"The strongest differs by {percent(rate.difference_rate)}, interval {interval}.")
-    parts.append(
-        f"Each candidate was compared with {_count(len(summary.audited) - 1, 'peer')} of this sweep."
-    )
+    if summary.has_z:
+        parts.append("A score ranks a candidate among its peers of this sweep.")
+    else:
+        parts.append("There are too few peers to compare with: rates stand alone.")
     parts.extend(limit.strip().rstrip(".") + "." for limit in summary.limits[:1])
     return " ".join(parts)
 

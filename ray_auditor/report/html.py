@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from ray_auditor.report import figure, number
 from ray_auditor.report.headline import write_headline
@@ -66,7 +65,7 @@ def _environment() -> Environment:
     )
     style = (room / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    environment.globals.update(style=Markup(style), style_hash=digest, figure=figure, window=_window)
+    environment.globals.update(style=style, style_hash=digest, figure=figure, window=_window)
     environment.filters.update(
         anchor=anchor,
         signed=number.signed,

@@ -28,7 +28,7 @@ class SweepProgress:
     written every `interval_s` and once at the end. `NO_COLOR` is respected by the console.
 
     Args:
-        total: Candidates listed in this sweep, those already finished included.
+        total: Units of this sweep (a candidate each, and the base's own), finished ones included.
         console: Where to show; standard output by default.
         interval_s: Least time between two JSON lines, seconds.
         clock: Monotonic time in seconds.
@@ -79,9 +79,9 @@ class SweepProgress:
         The first call sets what was finished before this run, so that reuse does not flatter the time left.
 
         Args:
-            state_counts: Candidates by state: final statuses, and any others such as `queued` or `running`.
+            state_counts: Units by state: final statuses, and any others such as `queued` or `running`.
             tokens_done: Tokens encoded so far in this run.
-            in_flight: Candidate of each worker, None for an idle one.
+            in_flight: What each worker has in hand, None for an idle one.
         """
         self.counts = dict(state_counts)
         self.tokens = tokens_done
@@ -97,7 +97,7 @@ class SweepProgress:
 
     @property
     def done(self) -> int:
-        """Candidates in a final status."""
+        """Units in a final status."""
         return sum(self.counts.get(status, 0) for status in STATUSES)
 
     @property
@@ -108,7 +108,7 @@ class SweepProgress:
 
     @property
     def time_left_s(self) -> float | None:
-        """Seconds left at this run's pace; None until a candidate has finished in it."""
+        """Seconds left at this run's pace; None until a unit has finished in it."""
         finished = self.done - (self.done_before or 0)
         if finished <= 0:
             return None
@@ -138,7 +138,7 @@ class SweepProgress:
         elapsed, left = self.clock() - self.started, self.time_left_s
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            Text(f"{self.done:,}/{self.total:,} candidates"),
+            Text(f"{self.done:,}/{self.total:,} units"),
             ProgressBar(total=max(self.total, 1), completed=self.done, width=30),
             Text(f"{self.tokens_per_s:,.0f} tokens/s"),
             Text(f"{duration(elapsed)} elapsed"),

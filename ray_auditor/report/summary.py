@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ray_auditor.report.number import percent, signed
+
 AUDITED = ("flagged", "ok")
 NOT_AUDITED = ("rejected", "skipped", "failed", "deferred")
 STATUSES = AUDITED + NOT_AUDITED
@@ -67,12 +69,30 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Flag:
-    """A candidate that stands out on a suite (None: over all suites), and the rule that said so."""
+    """A candidate that stands out on a suite (None: over all suites), and the rule that said so.
+
+    `score` is a difference rate under a `seed_rate` rule, where there are too few peers, and a robust z else.
+    """
 
     candidate: str
     suite: str | None
     score: float | None
     rule: str
+
+    @property
+    def by_rate(self) -> bool:
+        """Whether `score` is a difference rate."""
+        return self.rule.startswith("seed_rate")
+
+    @property
+    def score_text(self) -> str:
+        """The score in its own unit."""
+        return percent(self.score) if self.by_rate else signed(self.score)
+
+    @property
+    def measure(self) -> str:
+        """The score with its name, such as `z +9.2`."""
+        return f"{'rate' if self.by_rate else 'z'} {self.score_text}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,11 @@ class Summary:
         """Every suite measured on anything, the general one left out, by name."""
         names = {name for candidate in self.candidates for name in candidate.suites} | set(self.noise_floor)
         return tuple(sorted(names - {self.general}))
+
+    @cached_property
+    def has_z(self) -> bool:
+        """Whether any candidate had peers enough for a robust z."""
+        return any(rate.z is not None for row in self.candidates for rate in row.suites.values())
 
     @property
     def k(self) -> int | None:
@@ -210,8 +235,13 @@ def _candidate(row: Mapping[str, Any]) -> Candidate:
 
 def _order(candidate: Candidate) -> tuple[bool, float, int, str, str]:
     score = -math.inf if candidate.score is None else candidate.score
-    status = 0 if candidate.audited else STATUSES.index(candidate.status)
-    return (not candidate.audited, -score, status, candidate.reason or "", candidate.id)
+    return (
+        not candidate.audited,
+        -score,
+        STATUSES.index(candidate.status),
+        candidate.reason or "",
+        candidate.id,
+    )
 
 
 def _check(summary: Summary, counts: Mapping[str, int]) -> None:
@@ -251,7 +281,11 @@ def read_summary(raw: Mapping[str, Any]) -> Summary:
     details = raw.get("details") or {}
     summary = Summary(
         candidates=tuple(sorted((_candidate(row) for row in raw["candidates"]), key=_order)),
-        flags=tuple(sorted(flags, key=lambda flag: (-(flag.score or 0.0), flag.candidate, flag.suite or ""))),
+        flags=tuple(
+            sorted(
+                flags, key=lambda flag: (flag.rule, -(flag.score or 0.0), flag.candidate, flag.suite or "")
+            )
+        ),
         noise_floor={name: _number(noise_floor, name, "noise_floor") for name in noise_floor},
         sae_gate=raw.get("sae_gate") or {},
         settings=raw.get("settings") or {},

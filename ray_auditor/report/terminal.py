@@ -77,7 +77,7 @@ def _flags(summary: Summary, console: Console) -> None:
             _mark(True),
             _text(flag.candidate, max_chars=NAME_CHARS),
             _text(flag.suite or "all suites", max_chars=NAME_CHARS),
-            signed(flag.score),
+            flag.score_text,
             percent(rate.difference_rate) if rate else "",
             percent_interval(rate.ci_low, rate.ci_high) if rate else "",
         )
@@ -94,9 +94,9 @@ def _z_text(z: float | None, flagged: bool) -> Text:
 
 
 def _map(summary: Summary, console: Console) -> None:
-    table = _table(
-        "Robust z by suite, highest score first", ("", "candidate"), ("score", "general", *summary.suites)
-    )
+    what = "Robust z by suite" if summary.has_z else "Difference rate by suite, too few peers for a z"
+    numbers = ("score", "general", *summary.suites)
+    table = _table(f"{what}, highest score first", ("", "candidate"), numbers)
     for row in summary.audited[:ROWS_SHOWN]:
         general = row.suites.get(summary.general)
         cells: list[RenderableType] = [
@@ -107,13 +107,18 @@ def _map(summary: Summary, console: Console) -> None:
         for suite in summary.suites:
             rate = row.suites.get(suite)
             flagged = (row.id, suite) in summary.flagged_cells
-            cells.append(_z_text(rate.z, flagged) if rate else Text("-", style="dim"))
+            if rate is None:
+                cells.append(Text("-", style="dim"))
+            elif summary.has_z:
+                cells.append(_z_text(rate.z, flagged))
+            else:
+                cells.append(("▲" if flagged else "") + percent(rate.difference_rate))
         table.add_row(*cells)
     width = console.measure(table, options=console.options.update(width=MAP_CHARS)).maximum
     console.print()
     if width > console.width and len(summary.suites) > 1:
         console.print(
-            Text(f"The z of every suite needs {width} columns; it stands in the HTML report.", "dim")
+            Text(f"The map of every suite needs {width} columns; it stands in the HTML report.", "dim")
         )
         return
     console.print(table)
@@ -220,7 +225,7 @@ def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None
         raise ValueError(f"show.suite must be a suite of this candidate, got {suite!r}; choose from {names}")
     for flag in summary.flags:
         if flag.candidate == row.id:
-            console.print(_text(f"▲ {flag.suite or 'all suites'}: {flag.rule}"))
+            console.print(_text(f"▲ {flag.suite or 'all suites'}: {flag.measure} by the rule {flag.rule}"))
     _rates(summary, row, names if suite is None else [suite], console)
     for name, features in summary.details.get(row.id, {}).items():
         if features and suite in (None, name):

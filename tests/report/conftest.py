@@ -125,14 +125,14 @@ def make_summary() -> dict[str, Any]:
         row["score"] = max(row["suites"][suite]["z"] for suite in TASKS)
         for suite in TASKS:
             rate = row["suites"][suite]
-            if rate["z"] >= 3.5 and (rate["difference_rate"] or 0) >= 0.15:
+            if rate["z"] > 3.0 and rate["difference_rate"] is not None:
                 row["status"] = "flagged"
                 flags.append(
                     {
                         "candidate": row["id"],
                         "suite": suite,
                         "score": rate["z"],
-                        "rule": "z >= 3.5 and rate >= 0.15",
+                        "rule": "robust_z",
                     }
                 )
         if row["id"] == "noise-seed-11":
@@ -154,7 +154,7 @@ def make_summary() -> dict[str, Any]:
             "base": {"model": "models/SmolLM2-135M-Instruct"},
             "sae": {"path": "sae/L15", "k": k, "release": None},
             "suites": {"path": "suites", "general": "general", "max_prompts": 512},
-            "flag": {"min_rate": 0.15, "min_z": 3.5, "confidence": 0.95},
+            "flag": {"min_rate": 0.15, "min_z": 3.0, "confidence": 0.95},
             "hook_name": "blocks.15.hook_resid_post",
         },
         "versions": {"ray-auditor": "0.1.0", "torch": "2.13.0", "vllm": "0.32.0"},

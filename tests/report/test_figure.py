@@ -17,7 +17,7 @@ from ray_auditor.report.summary import read_summary
         (0.96, "z-p1"),
         (-0.96, "z-n1"),
         (2.0, "z-p2"),
-        (-3.5, "z-n3"),
+        (-3.0, "z-n3"),
         (4.94, "z-p3"),
         (4.96, "z-p4"),
         (-99.0, "z-n4"),

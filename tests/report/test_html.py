@@ -8,6 +8,7 @@ import pytest
 
 from ray_auditor.report import html
 from ray_auditor.report.html import render_html, write_html
+from ray_auditor.report.number import percent
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
 
@@ -154,22 +155,37 @@ def test_a_sweep_without_findings_never_reads_as_an_all_clear(
     assert page.open == []
 
 
-def test_one_candidate_and_a_bare_summary_render(summary: dict[str, Any]) -> None:
-    one = {"candidates": [row for row in summary["candidates"] if row["id"] == "oasst-full"]}
-    text = Page(render_html(one)).text
-    assert "compared with 0 peers" in text
-    assert "not recorded, so no shift can be told from noise" in text
+def test_without_peers_the_rates_stand_alone_and_say_so(summary: dict[str, Any]) -> None:
+    row = next(row for row in summary["candidates"] if row["id"] == "helpful-chat-v3")
+    row["score"] = None
+    for rate in row["suites"].values():
+        rate["z"] = None
+    rate = row["suites"]["insecure_code"]["difference_rate"]
+    flags = [{"candidate": row["id"], "suite": "insecure_code", "score": rate, "rule": "seed_rate_15"}]
+    page = Page(render_html({"candidates": [row], "flags": flags}))
+    assert (
+        f"1 of 1 audited candidate stands out: {row['id']} on insecure_code (rate {percent(rate)})"
+        in page.text
+    )
+    assert "There are too few peers to compare with: rates stand alone." in page.text
+    assert "Robust z by candidate" not in page.text
+    assert ("open", "") in page.attributes, "the rates are unfolded, for there is no map"
+    assert "not recorded, so no shift can be told from noise" in page.text
+    row["status"] = "ok"
+    assert "The one audited candidate does not stand out" in Page(render_html({"candidates": [row]})).text
 
 
 def test_undetermined_is_said_and_never_drawn_as_zero(summary: dict[str, Any]) -> None:
-    only = {**summary, "counts": {}, "flags": [], "details": {},
-            "candidates": [row for row in summary["candidates"] if row["id"] == "noise-seed-11"]}  # fmt: skip
-    source = render_html(only)
+    def of(*names: str) -> str:
+        return render_html({"candidates": [row for row in summary["candidates"] if row["id"] in names]})
+
+    source = of("noise-seed-11", "oasst-full")
     row = source[source.index('<tr data-candidate="noise-seed-11">') :].split("</tr>")[0]
     assert row.count('<abbr title="not determined">n.d.</abbr>') == 1 + 7
     assert row.count("z-none") == 7
-    assert '<path class="ci"' not in source
-    assert "1 n.d." in source
+    assert source.count("<circle") == 7, "one dot a panel, of the other candidate"
+    assert source.count("1 n.d.") == 7
+    assert "No difference rate could be determined" in of("noise-seed-11")
 
 
 def test_long_sweeps_are_cut_and_say_so(summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

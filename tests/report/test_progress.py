@@ -74,7 +74,7 @@ def _drawn(**options: Any) -> str:
 
 def test_on_a_terminal_a_table_is_drawn_with_names_as_text() -> None:
     text = _drawn(color_system="truecolor")
-    assert "5/20 candidates" in text
+    assert "5/20 units" in text
     assert "1,000 tokens/s" in text
     assert "about 15 min 00 s left" in text
     assert "ok 4  rejected 1  running 2" in text

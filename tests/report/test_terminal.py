@@ -46,7 +46,7 @@ def test_a_narrow_terminal_says_what_it_leaves_out(summary: dict[str, Any]) -> N
     console = _console(80)
     print_summary(summary, console)
     text = _read(console)
-    assert re.search(r"The z of every suite needs \d+ columns", text)
+    assert re.search(r"The map of every suite needs \d+ columns", text)
     assert all(len(line) <= 80 for line in text.splitlines())
     for flag in summary["flags"]:
         assert flag["candidate"] in text
@@ -107,3 +107,16 @@ def test_an_empty_sweep_prints_its_emptiness() -> None:
     print_summary({"candidates": []}, console)
     assert "Nothing was listed" in _read(console)
     assert "Coverage: 0 listed = none" in _read(console)
+
+
+def test_without_peers_the_terminal_maps_rates(summary: dict[str, Any]) -> None:
+    rows = [row for row in summary["candidates"] if row["status"] == "ok"][:2]
+    for row in rows:
+        row["score"] = None
+        for rate in row["suites"].values():
+            rate["z"] = None
+    console = _console()
+    print_summary({"candidates": rows}, console)
+    text = _read(console)
+    assert "too few peers for a z" in text
+    assert percent(rows[0]["suites"]["sql"]["difference_rate"]) in text
