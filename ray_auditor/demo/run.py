@@ -33,5 +33,5 @@ def run_demo(config: AuditConfig) -> int:
         suites=replace(config.suites, path=str(paths.suites)),
     )
     exit_code = run_sweep(sweep)
-    print_verdict(read_summary(out_dir), read_labels(), console)
+    print_verdict(read_summary(out_dir), read_labels(), out_dir / "report.html", console)
     return 0 if exit_code in FINISHED else exit_code
