@@ -35,7 +35,7 @@ class FlagRule:
     Attributes:
         min_z: With peers, the robust z above which a cell is flagged.
         min_rate: Without peers, the difference rate above which it is, its interval above 0.
-        min_peers: Candidates of a stratum that must have moved for a population statement.
+        min_peers: Different candidates of a stratum that must have moved for a population statement.
     """
 
     min_z: float = 3.0
@@ -137,8 +137,8 @@ def flag_population(
         scored = score_stratum(peers, k, bootstrap, noise_floor, rule.min_peers)
         if scored is None:
             limits.append(
-                f"{len(members)} candidates have fewer than {rule.min_peers} peers that moved: each is held "
-                f"to a rate above {rule.min_rate:.0%} alone, which benign finetunes exceed too"
+                f"{len(members)} candidates have fewer than {rule.min_peers} different peers that moved: "
+                f"each is held to a rate above {rule.min_rate:.0%} alone, which benign finetunes exceed too"
             )
         for name in members:
             own = rates_from_sums(sums[name], general, k, bootstrap, noise_floor)
@@ -183,6 +183,9 @@ def score_stratum(
     floor = max(MIN_SHIFT * k, noise_floor)
     shift_SC = np.array([[sums[name][suite].shift for name in names] for suite in suites])
     peer_C = np.median(shift_SC, axis=0) >= floor
+    # copies of one finetune, under whatever names, are one peer
+    first = {b"".join(sums[name][suite].shift_P.tobytes() for suite in suites): name for name in names[::-1]}
+    peer_C &= np.isin(names, list(first.values()))
     if peer_C.sum() < min_peers or len(suites) < 2:
         return None
     # a shift of 0 has no logarithm; far below the floor its exact value no longer matters

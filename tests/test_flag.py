@@ -118,27 +118,40 @@ def test_no_order_changes_a_bit(seed):
     assert list(one.cells) == list(other.cells) == sorted(tables)
 
 
-def test_identical_candidates_have_no_spread_and_no_flag():
+def test_copies_of_one_finetune_are_one_peer():
+    tables = make_population(10, planted=PLANTED)
+    copies = {f"copy{number:02}": tables["c00"] for number in range(40)}
+    alone, among = flag(tables), flag(tables | copies)
+    for name in tables:
+        assert among.cells[name] == alone.cells[name]
+    assert {among.scores[name] for name in copies} == {alone.scores["c00"]}
+    assert set(flag(copies).scores.values()) == {None}
+
+
+def test_candidates_that_hardly_differ_have_no_outlier():
     table = make_population(1)["c00"]
-    found = flag({f"c{number}": table for number in range(12)})
+    found = flag({f"c{at}": nudged(table, SUITES[at % 8], at // 8 + 1) for at in range(16)})
     assert not found.flags
-    assert set(found.scores.values()) == {0.0}
+    assert all(abs(score) < 0.05 for score in found.scores.values())
 
 
-def test_without_spread_a_difference_counts_from_the_stated_floor_on():
-    factors = {1: 1.04, 2: 1.09}
-    for number, factor in factors.items():
-        tables = make_population(12, sizes=[4.0] * 12, noise=0.0, planted={0: ("maths", factor)})
-        for name in sorted(tables)[1:]:
-            tables[name] = tables["c01"]
-        first = tables["c01"].to_pylist()
-        for row in first:
-            if row["suite"] == "maths":
-                row[f"shift_{K}"] = round(row[f"shift_{K}"] * factor)
-        tables["c00"] = pa.Table.from_pylist(first)
-        found = flag(tables)
-        assert found.scores["c00"] == pytest.approx(np.log(factor) / MIN_SCALE, rel=0.1)
-        assert bool(found.flags) == (number == 2)
+def nudged(table, suite, by):
+    rows = table.to_pylist()
+    next(row for row in rows if row["suite"] == suite)[f"shift_{K}"] += by
+    return pa.Table.from_pylist(rows)
+
+
+@pytest.mark.parametrize(("factor", "is_flagged"), [(1.04, False), (1.09, True)])
+def test_without_spread_a_difference_counts_from_the_stated_floor_on(factor, is_flagged):
+    table = make_population(1, sizes=[4.0])["c00"]
+    tables = {f"c{at}": nudged(table, SUITES[at % 8], at // 8 + 1) for at in range(12)}
+    rows = table.to_pylist()
+    for row in rows:
+        if row["suite"] == "maths":
+            row[f"shift_{K}"] = round(row[f"shift_{K}"] * factor)
+    found = flag(tables | {"odd": pa.Table.from_pylist(rows)})
+    assert found.scores["odd"] == pytest.approx(np.log(factor) / MIN_SCALE, rel=0.1)
+    assert bool(found.flags) == is_flagged
 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 7])
@@ -153,7 +166,9 @@ def test_without_peers_the_published_rule_speaks_and_says_so(num_candidates):
         assert rate.ci_low > 0
     assert set(found.scores.values()) == {None}
     assert all(cell.z is None for row in found.cells.values() for cell in row.values())
-    assert any(f"{num_candidates} candidates have fewer than 8 peers" in limit for limit in found.limits)
+    assert any(
+        f"{num_candidates} candidates have fewer than 8 different peers" in limit for limit in found.limits
+    )
 
 
 def test_no_candidates_is_not_an_error():
