@@ -1,0 +1,169 @@
+"""Every way a swap can go wrong is caught, and none becomes a result."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ray_auditor.config import EngineConfig
+from ray_auditor.engine.live import Engine
+from ray_auditor.engine.parameters import CHUNK_NUMEL, ParameterMap, SwapError, checksum
+from ray_auditor.hub import Admitted, Candidate, CandidateError, admit, open_base
+from tests.tiny import make_adapter, make_model, make_sae
+
+SETTINGS = EngineConfig(max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=8)
+PROMPT = [[5, 6, 7, 8, 9, 10]]
+
+
+class Fused(nn.Module):
+    """A stand-in for the layout vLLM uses: two projections in one parameter, a padded embedding."""
+
+    packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(8, 4)
+        self.layer = nn.Module()
+        self.layer.qk_proj = nn.Linear(4, 6, bias=False)
+
+
+SHAPES = {"embed_tokens.weight": (7, 4), "layer.q_proj.weight": (4, 4), "layer.k_proj.weight": (2, 4)}
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def test_written_tensors_lie_where_the_fused_layer_reads_them() -> None:
+    model, state = Fused(), tensors()
+    places = ParameterMap(model, SHAPES)
+    places.prove(places.write(state.items()))
+    assert torch.equal(model.layer.qk_proj.weight[:4], state["layer.q_proj.weight"])
+    assert torch.equal(model.layer.qk_proj.weight[4:], state["layer.k_proj.weight"])
+    assert torch.equal(model.embed_tokens.weight[:7], state["embed_tokens.weight"])
+
+
+def test_a_copy_that_did_not_happen_is_caught() -> None:
+    model = Fused()
+    places = ParameterMap(model, SHAPES)
+    places.write(tensors(0).items())
+    with pytest.raises(SwapError, match="checksum"):
+        places.prove(places.expect(tensors(1).items()))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_missing_tensor_and_one_that_comes_twice_are_caught(name: str) -> None:
+    places, state = ParameterMap(Fused(), SHAPES), tensors()
+    with pytest.raises(SwapError, match="never came"):
+        places.write((n, t) for n, t in state.items() if n != name)
+    with pytest.raises(SwapError, match="twice"):
+        places.write([*state.items(), (name, state[name])])
+    with pytest.raises(SwapError, match="got"):
+        places.write((n, t[:-1] if n == name else t) for n, t in state.items())
+
+
+def test_a_parameter_no_tensor_fills_is_caught() -> None:
+    with pytest.raises(SwapError, match="fills"):
+        ParameterMap(Fused(), {name: SHAPES[name] for name in SHAPES if "k_proj" not in name})
+    with pytest.raises(SwapError, match="no place"):
+        ParameterMap(Fused(), {**SHAPES, "layer.o_proj.weight": (4, 4)})
+    with pytest.raises(SwapError, match="no place"):
+        ParameterMap(Fused(), {**SHAPES, "layer.q_proj.weight": (4, 5)})
+
+
+@given(st.data())
+def test_one_flipped_bit_or_two_exchanged_values_change_the_checksum(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    numel = data.draw(st.integers(2, 300))
+    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+    before = checksum(tensor)
+    bits = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    at, bit = data.draw(st.integers(0, numel - 1)), data.draw(st.integers(0, 8 * tensor.element_size() - 2))
+    bits[at] ^= 1 << bit
+    assert checksum(tensor) != before
+    bits[at] ^= 1 << bit
+    other = data.draw(st.integers(0, numel - 1))
+    if tensor[at] != tensor[other]:
+        bits[[at, other]] = bits[[other, at]]
+        assert checksum(tensor) != before
+
+
+def test_the_checksum_sees_chunks_that_changed_places() -> None:
+    tensor = torch.arange(2 * CHUNK_NUMEL, dtype=torch.float32)
+    assert checksum(tensor) != checksum(tensor.view(2, -1).flip(0).reshape(-1))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    make_model(root / "base")
+    make_model(root / "other", seed=1)
+    make_adapter(root / "adapter", root / "base", seed=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(hub: Path) -> Iterator[Engine]:
+    live = Engine(open_base(hub / "base"), make_sae(), k=8, max_tokens=32, config=SETTINGS)
+    yield live
+    live.close()
+
+
+def admitted(hub: Path, name: str, kind: str) -> Admitted:
+    found = Candidate(name, hub / name, kind, 0)  # type: ignore[arg-type]
+    return admit(found, open_base(hub / "base"), num_layers=3, max_lora_rank=8)
+
+
+def test_a_bit_that_flips_on_the_device_during_the_swap_gives_no_result(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ParameterMap.write
+
+    def flip(self: ParameterMap, source: object) -> object:
+        expected = write(self, source)  # type: ignore[arg-type]
+        rows = self.rows("model.layers.1.self_attn.k_proj.weight")
+        rows[0, 0] = -rows[0, 0]
+        return expected
+
+    monkeypatch.setattr(ParameterMap, "write", flip)
+    with pytest.raises(SwapError, match="k_proj"):
+        engine.load(admitted(hub, "other", "full"))
+    monkeypatch.undo()
+    engine.load(admitted(hub, "other", "full"))  # a later swap writes everything again
+
+
+def test_an_adapter_that_is_not_in_its_slot_gives_no_result(hub: Path, engine: Engine) -> None:
+    from ray_auditor.engine.adapter import prove_slot
+
+    engine.load(admitted(hub, "adapter", "adapter"))
+    list(engine.encode(PROMPT))
+    layers = {name: layer for name, layer in engine._model.named_modules() if hasattr(layer, "lora_a_stacked")}
+    name = "model.layers.0.mlp.down_proj"
+    slot = layers[name].lora_b_stacked[0]
+    slot[0, 0, 0, 0] += 1
+    assert engine._adapter is not None
+    with pytest.raises(SwapError, match="down_proj"):
+        prove_slot(engine._model, engine._adapter, engine._map.packed)
+    slot[0, 0, 0, 0] -= 1
+    slot[0, 0, 0, -1] += 1  # beyond the adapter's rank, where nothing may be
+    with pytest.raises(SwapError, match="down_proj"):
+        prove_slot(engine._model, engine._adapter, engine._map.packed)
+    engine.load(None)
+
+
+def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: Engine, tmp_path: Path) -> None:
+    make_model(hub / "changing", seed=2)
+    candidate = admitted(hub, "changing", "full")
+    weights = hub / "changing" / "model.safetensors"
+    state = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in state.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(CandidateError, match="changed"):
+        engine.load(candidate)
+    engine.load(None)
+    list(engine.encode(PROMPT))
