@@ -1,4 +1,4 @@
-"""The portable designs: group top-M without a hint, threshold filter with one, exact rows for what is left."""
+"""The portable designs: group top-M without a hint, threshold filter with one, exact rows for the rest."""
 
 # Shape suffixes: T tokens of a chunk, N all tokens, F = d_sae, K = kept features.
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from auditor_kernels.launch import Launcher
-from auditor_kernels.weights import TopK
 
-# A guess of the k-th value is lowered by this, so that a token whose k-th value fell a little still certifies.
+# A guess of the k-th value is lowered by this: a token whose k-th value fell a little still certifies.
 HINT_SLACK = 0.95
 # Extra memory is held to this share of the bfloat16 pre-activations by going through the tokens in chunks.
 MEMORY_SHARE = 0.05
@@ -63,7 +62,7 @@ def _chunks(launcher: Launcher, bytes_per_token: int) -> Iterator[tuple[slice, T
         yield slice(start, start + tokens), zeroed[:tokens], zeroed[tokens:], cand[:tokens]
 
 
-def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | None = None) -> TopK:
+def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | None = None) -> None:
     """One GEMM whose epilogue keeps what exceeds a floor per token; `filter_pass` replaces Triton's."""
     # A guess that is no number admits nothing, and the token is recomputed; below 0 it is as good as 0.
     floor_n = hint_N.float() * HINT_SLACK
@@ -75,20 +74,18 @@ def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | 
         else:
             filter_pass(part, floor, count, cand)
         launcher.finish(part, floor, count, listed, cand)
-    return TopK(launcher.val_NK, launcher.idx_NK)
 
 
-def encode_groups(launcher: Launcher) -> TopK:
+def encode_groups(launcher: Launcher) -> None:
     """One GEMM that keeps the top M of every group of 64; no floor needed, values to 17 bits of mantissa."""
     m = per_group(launcher.kept, launcher.d_sae) or MAX_PER_GROUP
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * m * (launcher.d_sae // 64)):
         floor = torch.zeros_like(count, dtype=torch.float32)
         launcher.groups_pass(part, m, floor, count, cand, floor_only=False)
         launcher.finish(part, floor, count, listed, cand)
-    return TopK(launcher.val_NK, launcher.idx_NK)
 
 
-def encode_two_pass(launcher: Launcher) -> TopK:
+def encode_two_pass(launcher: Launcher) -> None:
     """Group maxima for a floor that holds, then the filter: two GEMMs, all 24 bits of mantissa."""
     m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * (launcher.d_sae // 64)):
@@ -96,10 +93,9 @@ def encode_two_pass(launcher: Launcher) -> TopK:
         launcher.groups_pass(part, 1, floor, count, cand, floor_only=True)
         launcher.gemm(part, m, floor, count, cand, None)
         launcher.finish(part, floor, count, listed, cand)
-    return TopK(launcher.val_NK, launcher.idx_NK)
 
 
-def encode_rows(launcher: Launcher) -> TopK:
+def encode_rows(launcher: Launcher) -> None:
     """Every token by the exact row kernel: for few tokens, or k so large that no filter would certify."""
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap):
         tokens = count.shape[0]
@@ -107,4 +103,3 @@ def encode_rows(launcher: Launcher) -> TopK:
         listed[0] = tokens
         space = cand if tokens > MIN_CHUNK else cand.new_empty(tokens, ROW_SLICES, launcher.k)
         launcher.recompute(part, listed, space)
-    return TopK(launcher.val_NK, launcher.idx_NK)

@@ -1,13 +1,85 @@
-"""Which implementation runs, and why."""
+"""Which implementation runs, and why. The rules are `choose`, top to bottom."""
 
 # Shape suffixes: N packed tokens, D = d_in, F = d_sae, K = kept features.
 
 from __future__ import annotations
 
+import functools
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
 from auditor_kernels.encode_topk_ref import encode_topk_ref
 from auditor_kernels.weights import EncoderWeights, TopK, check_call
+
+if TYPE_CHECKING:
+    from auditor_kernels.launch import Launcher
+
+OVERRIDE = "AUDITOR_KERNELS"
+# Below this many tokens the exact row kernel reads W once and needs no second look.
+FEW_TOKENS = 16
+# A thread of the Hopper filter has 10 slots for 128 elements; about 2k of F features pass a good hint.
+HOPPER_FEATURES_PER_KEPT = 150
+
+
+class Implementation(StrEnum):
+    """How `encode_topk` can run; the values are what the override accepts."""
+
+    REFERENCE = "reference"
+    ROWS = "triton-rows"
+    FILTER = "triton-filter"
+    GROUPS = "triton-groups"
+    TWO_PASS = "triton-two-pass"
+    HOPPER = "hopper-filter"
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    encoder: EncoderWeights,
+    k: int,
+    *,
+    hinted: bool,
+) -> tuple[Implementation, str]:
+    """The implementation for a call, and the reason in words."""
+    forced = os.environ.get(OVERRIDE)
+    if forced:
+        return Implementation(forced), f"{OVERRIDE}={forced}"
+    if device.type != "cuda":
+        return Implementation.REFERENCE, f"device is {device.type}"
+    from auditor_kernels.designs import per_group  # Triton is imported on the first CUDA call only
+
+    d_sae = encoder.W_enc_DF.shape[1]
+    kept = min(k, encoder.max_active or k)
+    if num_tokens <= FEW_TOKENS:
+        return Implementation.ROWS, f"{num_tokens} tokens, at most {FEW_TOKENS}"
+    if per_group(2 * kept, d_sae) is None:
+        return (
+            Implementation.ROWS,
+            f"k {kept} is too large a part of {d_sae} features for any filter to certify",
+        )
+    if dtype == torch.float32 or encoder.W_enc_DF.dtype != dtype:
+        return (
+            (Implementation.FILTER, "float32, hint known")
+            if hinted
+            else (Implementation.TWO_PASS, "float32, no hint")
+        )
+    if not hinted:
+        return Implementation.GROUPS, "16-bit, no hint"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return Implementation.FILTER, "hint known, not a Hopper GPU"
+    if encoder.two_sided:
+        return Implementation.FILTER, "hint known, two-sided encoder"
+    if d_sae < HOPPER_FEATURES_PER_KEPT * kept:
+        return Implementation.FILTER, f"hint known, k {kept} is dense for {d_sae} features"
+    from auditor_kernels import hopper
+
+    library, reason = hopper.load()
+    return (Implementation.HOPPER if library else Implementation.FILTER), f"hint known, Hopper GPU, {reason}"
 
 
 def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Tensor | None = None) -> TopK:
@@ -27,4 +99,50 @@ def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Te
         ValueError: an argument is out of bounds or does not fit the encoder.
     """
     check_call(resid_ND, encoder, k, hint_N)
-    return encode_topk_ref(resid_ND, encoder, k=k)
+    num_tokens = resid_ND.shape[0]
+    which, _ = choose(resid_ND.device, resid_ND.dtype, num_tokens, encoder, k, hinted=hint_N is not None)
+    if which is Implementation.REFERENCE or num_tokens == 0:
+        return encode_topk_ref(resid_ND, encoder, k=k)
+    launcher = launch(which, resid_ND, encoder, k, hint_N)
+    return TopK(launcher.val_NK, launcher.idx_NK)
+
+
+def launch(
+    which: Implementation, resid_ND: Tensor, encoder: EncoderWeights, k: int, hint_N: Tensor | None
+) -> Launcher:
+    """Run one of the device implementations; the launcher holds the outputs and what was recomputed.
+
+    Raises:
+        ValueError: a filter is asked for without a hint.
+    """
+    from auditor_kernels import designs, hopper
+    from auditor_kernels.launch import Launcher
+    from auditor_kernels.prepared import prepare
+
+    prepared = prepare(encoder, resid_ND.dtype)
+    kept = min(k, encoder.max_active or k)
+    cap = designs.capacity(kept, encoder.W_enc_DF.shape[1])
+    launcher = Launcher(prepared, prepared.match(resid_ND), k, kept, cap)
+    if which is Implementation.ROWS:
+        designs.encode_rows(launcher)
+    elif which is Implementation.GROUPS:
+        designs.encode_groups(launcher)
+    elif which is Implementation.TWO_PASS:
+        designs.encode_two_pass(launcher)
+    elif hint_N is None:
+        raise ValueError(f"{which} needs hint_N, got None; unset {OVERRIDE}")
+    elif which is Implementation.HOPPER:
+        designs.encode_filter(launcher, hint_N, functools.partial(hopper.filter_pass, launcher))
+    else:
+        designs.encode_filter(launcher, hint_N)
+    return launcher
+
+
+def describe_dispatch(encoder: EncoderWeights, *, k: int, num_tokens: int, dtype: torch.dtype) -> list[str]:
+    """What would run on the encoder's device, with and without a hint, and why; one line each."""
+    lines = []
+    for hinted in (True, False):
+        device = encoder.W_enc_DF.device
+        which, why = choose(device, dtype, num_tokens, encoder, k, hinted=hinted)
+        lines.append(f"encode_topk {'with' if hinted else 'without'} a hint: {which} ({why})")
+    return lines

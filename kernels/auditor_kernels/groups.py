@@ -1,15 +1,19 @@
 """The portable GEMM: its epilogue keeps the largest few features of each group of 64, nothing else.
 
-A group is the 64 of a tile's columns that one thread holds (columns 8j + 2q + {0, 1} of a tensor-core layout),
-so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the group, which
+A group is the 64 of a tile's columns that one thread holds (columns 8j + 2q + {0, 1} of a tensor-core
+layout), so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the group, which
 makes the keys of a group distinct and carries the index along for free: keys hold 17 bits of mantissa.
 
 Without a hint every group's M largest keys are written (`[T, M, F / 64]`), for `select` to rank. With a
 threshold per token only keys above it are appended to the token's candidate list (with EXACT, which costs
-registers, their values are kept to the last bit). Either way a group that may have held more than M is reported, never trusted.
+registers, their values are kept to the last bit). Either way a group that may have held more than M is
+reported, never trusted.
 """
 
 # Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
+
+# mypy: ignore-errors
+# The functions below are compiled by Triton: their arguments are device values, not Python objects.
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def middle_bits(key, LOW: tl.constexpr):
 
 @triton.jit
 def _place_keys(raw, TWO_SIDED: tl.constexpr):
-    """Keys of (rows, groups, 64) scores, from their float bits: the low bits become the place (and the sign)."""
+    """Keys of (rows, groups, 64) scores, the low bits of each replaced by place (and sign)."""
     place = tl.arange(0, 64)[None, None, :]
     if TWO_SIDED:
         return (raw & 0x7FFFFF80) | (place * 2 + ((raw >> 31) & 1))
@@ -77,8 +81,8 @@ def group_gemm(
 ):
     """One persistent launch over all tiles; grid is `(PROGRAMS,)`.
 
-    `floor_ptr` float32 [T]: with FILTER, keys of scores at or above it are appended to `cand_ptr` int64 [T, CAP]
-    and counted in `count_ptr` int32 [T] (zeroed by the caller). Without, `keys_ptr` int32 [T, M, groups].
+    `floor_ptr` float32 [T]: with FILTER, keys of scores at or above it are appended to `cand_ptr`
+    int64 [T, CAP] and counted in `count_ptr` int32 [T] (zeroed by the caller). Without, `keys_ptr` int32 [T, M, groups].
     """
     LOW: tl.constexpr = 7 if TWO_SIDED else 6
     low_mask: tl.constexpr = (1 << LOW) - 1
@@ -156,13 +160,12 @@ def group_gemm(
                     key = tl.where(key < top[:, :, None], key, -2147483648)
 
 
-@triton.jit(do_not_specialize=["F", "groups", "kept", "CAP"])
+@triton.jit(do_not_specialize=["groups", "kept", "CAP"])
 def select(
     keys_ptr,
     floor_ptr,
     count_ptr,
     cand_ptr,
-    F,
     groups,
     kept,
     CAP,
@@ -175,8 +178,8 @@ def select(
     """From group maxima to candidates, one program per token.
 
     The kept-th largest of the group maxima is a lower bound of the kept-th largest score, because as many
-    distinct features reach it. All keys at or above it become candidates. If a group's last recorded key reaches it too, that
-    group may hold more, and the token is marked as overflowed. With FLOOR_ONLY the bound alone is written.
+    distinct features reach it. All keys at or above it become candidates. If a group's last recorded key
+    reaches it too, that group may hold more, and the token is marked as overflowed. With FLOOR_ONLY the bound alone is written.
     """
     LOW: tl.constexpr = 7 if TWO_SIDED else 6
     low_mask: tl.constexpr = (1 << LOW) - 1

@@ -5,6 +5,9 @@ The high word is the float32 bits of the score (positive, hence ordered as an in
 sign back. A key of 0 is an empty slot; a key of at least `INF_KEY` marks a row that is not finite.
 """
 
+# mypy: ignore-errors
+# The functions below are compiled by Triton: their arguments are device values, not Python objects.
+
 from __future__ import annotations
 
 import triton

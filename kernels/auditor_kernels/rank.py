@@ -1,10 +1,13 @@
 """The certificate and the exact way out: rank what was captured, recompute what cannot be certified.
 
-No step asks the host: a token that fails its certificate is put on a list on the device, and the launches that
-recompute listed tokens read the list's length there and end at once when it is empty.
+No step asks the host: a token that fails its certificate is put on a list on the device, and the launches
+that recompute listed tokens read the list's length there and end at once when it is empty.
 """
 
 # Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
+
+# mypy: ignore-errors
+# The functions below are compiled by Triton: their arguments are device values, not Python objects.
 
 from __future__ import annotations
 
@@ -32,11 +35,11 @@ def rank_candidates(
 ):
     """Certify and rank one token per program.
 
-    Every feature whose score reached the token's floor was appended and counted. So if the count fits the list
-    and is at least `kept`, or the floor was 0, the list holds the answer, whatever the floor was worth. A token
-    whose count says otherwise, or whose residual is so large that a pre-activation might not be finite
-    (`sum |x| >= overflow_bound`; also when x itself is not), is appended to `listed_ptr` ([1 + T] int32: length,
-    then tokens).
+    Every feature whose score exceeds the token's floor was appended and counted. So if the count fits the
+    list and is at least `kept`, or the floor was 0, the list holds the answer, whatever the floor was worth.
+    A token whose count says otherwise, or whose residual is so large that a pre-activation might not be
+    finite (`sum |x| >= overflow_bound`; also when x itself is not), is appended to `listed_ptr` (int32
+    [1 + T]: length, then tokens).
     """
     row = tl.program_id(0)
     count = tl.load(count_ptr + row)
@@ -53,8 +56,12 @@ def rank_candidates(
             write_row(sort_keys(keys, 0, 0, LOG_LIST), out_val_ptr, out_idx_ptr, row, k, kept, LIST)
         else:
             wide_slot = tl.arange(0, 1 << LOG_WIDE)
-            wide_keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0)
-            write_row(sort_keys(wide_keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE)
+            wide_keys = tl.load(
+                cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0
+            )
+            write_row(
+                sort_keys(wide_keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE
+            )
     else:
         at = tl.atomic_add(listed_ptr, 1)
         tl.store(listed_ptr + 1 + at, row)
@@ -87,8 +94,8 @@ def recompute_slices(
 ):
     """Exact top k of each slice of features, for every listed token.
 
-    Holds for any data: each block of LIST features is merged into a sorted list unless nothing in it can enter.
-    Writes `part_ptr` int64 [length, slices, k]; `space` is what it can hold, at least one slice per token.
+    Holds for any data: a block of LIST features is merged into a sorted list unless nothing in it can
+    enter. Writes `part_ptr` int64 [length, slices, k]; `space` is what it can hold, at least one slice per token.
     """
     BR: tl.constexpr = 1 << LOG_BR
     length = tl.load(listed_ptr)

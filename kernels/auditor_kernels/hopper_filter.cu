@@ -1,0 +1,273 @@
+// Threshold filter for Hopper: a persistent TMA + wgmma GEMM that writes no output matrix.
+//
+// C[token, feature] = x[token, :] . W[feature, :] + bias stays in registers; elements above the token's floor (and
+// the feature's own threshold) are appended to the token's candidate list as 64-bit keys (see keys.py).
+//
+// One CTA = a producer warpgroup and two consumer warpgroups of 64 tokens each. CTAs come in pairs along tokens:
+// each loads its own x tile and half of the W tile, multicast to both. The epilogue costs about two instructions
+// per element: a thread keeps what passes in slots of its own (no atomics), and idle warps of the producer
+// warpgroup carry the slots to global memory while the next tile is computed.
+//
+// Sizes are arbitrary: TMA fills out-of-range tokens, features and depth with zeros, the bias of a feature past
+// the end is -inf and the floor of a token past the end +inf. Only D * 2 bytes must be a multiple of 16.
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <math_constants.h>
+#include <stdint.h>
+
+#include "wgmma.inc"
+
+constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, CLUSTER = 2;
+constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int SLOTS = 10;        // per thread and tile; more than this marks the thread's two tokens as overflowed
+constexpr int RASTER = 8;        // cluster rows whose x stays in L2 while W streams past
+constexpr int OVERFLOW_MARK = 1 << 20;
+constexpr int LAST_FEATURE = 0x3FFFFFFF;
+
+// Shared memory: stages | values [2 wg][2 buffers][SLOTS][128] | places, same shape | counts | columns | barriers
+constexpr int OFF_VALUES = STAGES * STAGE_BYTES;
+constexpr int OFF_PLACES = OFF_VALUES + 4 * SLOTS * 128 * 4;
+constexpr int OFF_COUNTS = OFF_PLACES + 4 * SLOTS * 128;
+constexpr int OFF_COLUMNS = OFF_COUNTS + 4 * 128;
+constexpr int OFF_BARRIERS = OFF_COLUMNS + 2 * BN * 8;
+constexpr int SMEM_BYTES = OFF_BARRIERS + 2 * STAGES * 8 + 1024;
+static_assert(SMEM_BYTES <= 227 * 1024, "shared memory");
+static_assert(OFF_COLUMNS % 16 == 0 && OFF_BARRIERS % 8 == 0, "alignment");
+
+// Named barriers (0 is __syncthreads): a buffer is full, a buffer is empty, a consumer warpgroup among itself.
+__device__ __forceinline__ int full_id(int wg, int buffer) { return 1 + wg * 2 + buffer; }
+__device__ __forceinline__ int empty_id(int wg, int buffer) { return 5 + wg * 2 + buffer; }
+__device__ __forceinline__ int group_id(int wg) { return 9 + wg; }
+__device__ __forceinline__ void bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+__device__ __forceinline__ void bar_arrive(int id, int n) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+__device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void mbar_init(uint32_t bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
+}
+__device__ __forceinline__ void mbar_expect(uint32_t bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbar_wait(uint32_t bar, int phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\n"
+      "bra WAIT;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
+}
+// No .release.cluster here: it compiles to MEMBAR.ALL.GPU in every step and costs a fifth of the kernel.
+__device__ __forceinline__ void mbar_arrive_cluster(uint32_t bar, int cta) {
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar), "r"(cta) : "memory");
+}
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+      ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1) : "memory");
+}
+__device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* map, uint32_t bar, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;"
+      ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "h"((uint16_t)((1 << CLUSTER) - 1)) : "memory");
+}
+// Shared-memory matrix descriptor: K-major, 128-byte swizzle, 8 rows of 128 bytes per core matrix.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+struct Tile { int token, feature; };
+
+// Cluster rows in bands of RASTER, column by column within a band.
+__device__ __forceinline__ Tile tile_of(int item, int cluster_rows, int columns, int rank) {
+  const int band = item / (RASTER * columns), first = band * RASTER;
+  const int rows = min(cluster_rows - first, RASTER), inside = item - band * RASTER * columns;
+  return {((first + inside % rows) * CLUSTER + rank) * BM, (inside / rows) * BN};
+}
+
+template <bool FP16, bool HAS_THRESHOLD>
+__global__ void __launch_bounds__(384, 1) __cluster_dims__(CLUSTER, 1, 1)
+filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+              const float* __restrict__ bias, const float* __restrict__ threshold, const float* __restrict__ floors,
+              int* __restrict__ count, unsigned long long* __restrict__ cand, int cap, int T, int F, int steps) {
+  extern __shared__ uint8_t raw_smem[];
+  const uint32_t base = (smem_address(raw_smem) + 1023) & ~1023u;
+  uint8_t* smem = raw_smem + (base - smem_address(raw_smem));
+  const uint32_t full = base + OFF_BARRIERS, empty = full + STAGES * 8;
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  const int tid = threadIdx.x, group = tid / 128, warp = tid / 32, lane = tid & 31;
+  if (tid == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      mbar_init(full + 8 * i, 1);
+      mbar_init(empty + 8 * i, 2 * CLUSTER);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  const int cluster_rows = (T + CLUSTER * BM - 1) / (CLUSTER * BM), columns = (F + BN - 1) / BN;
+  const int items = cluster_rows * columns, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (warp == 0 && lane == 0) {  // the producer
+      int stage = 0, phase = 0;
+      for (int item = cluster; item < items; item += clusters) {
+        const Tile tile = tile_of(item, cluster_rows, columns, rank);
+        for (int k = 0; k < steps; k++) {
+          mbar_wait(empty + 8 * stage, phase ^ 1);
+          mbar_expect(full + 8 * stage, STAGE_BYTES);
+          const uint32_t to = base + stage * STAGE_BYTES, half = rank * (W_BYTES / CLUSTER);
+          tma_load(to, &x_map, full + 8 * stage, k * BK, tile.token);
+          tma_multicast(to + X_BYTES + half, &w_map, full + 8 * stage, k * BK, tile.feature + rank * (BN / CLUSTER));
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
+      }
+    } else if (warp == 1 || warp == 2) {  // the flushers, one per consumer warpgroup
+      const int wg = warp - 1;
+      int turn = 0;
+      for (int item = cluster; item < items; item += clusters, turn++) {
+        const Tile tile = tile_of(item, cluster_rows, columns, rank);
+        const int list = wg * 2 + (turn & 1);
+        const float* values = (const float*)(smem + OFF_VALUES) + list * SLOTS * 128;
+        const uint8_t* places = smem + OFF_PLACES + list * SLOTS * 128;
+        bar_sync(full_id(wg, turn & 1), 160);
+        for (int i = 0; i < 4; i++) {
+          const int t = i * 32 + lane, number = (smem + OFF_COUNTS)[list * 128 + t];
+          const int token = tile.token + wg * 64 + i * 16 + (lane >> 2);
+          for (int s = 0; s < min(number, SLOTS); s++) {
+            const int place = places[s * 128 + t], row = token + (place & 2) * 4;
+            const int feature = tile.feature + (place >> 2) * 8 + (lane & 3) * 2 + (place & 1);
+            const int at = atomicAdd(count + row, 1);
+            if (at < cap)
+              cand[(size_t)row * cap + at] =
+                  ((unsigned long long)__float_as_uint(values[s * 128 + t]) << 32) | ((uint32_t)(LAST_FEATURE - feature) << 1);
+          }
+          if (number > SLOTS)
+            for (int row = token; row <= token + 8; row += 8)
+              if (row < T) atomicAdd(count + row, OVERFLOW_MARK);
+        }
+        bar_arrive(empty_id(wg, turn & 1), 160);
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int wg = group - 1, t = tid & 127, quad = lane & 3;
+    float acc[128];
+    int stage = 0, phase = 0, turn = 0;
+    float2* staged = (float2*)(smem + OFF_COLUMNS) + wg * BN;  // (bias, threshold) of the tile's features
+    for (int item = cluster; item < items; item += clusters, turn++) {
+      const Tile tile = tile_of(item, cluster_rows, columns, rank);
+      const int token = tile.token + wg * 64 + (t / 32) * 16 + (lane >> 2);
+      float2 column[2];
+      float floor_[2];
+      for (int i = 0; i < 2; i++) {  // loaded before the main loop, used after it
+        const int feature = tile.feature + 2 * t + i, row = token + 8 * i;
+        column[i].x = feature < F ? bias[feature] : -CUDART_INF_F;
+        column[i].y = HAS_THRESHOLD && feature < F ? threshold[feature] : 0.f;
+        floor_[i] = row < T ? floors[row] : CUDART_INF_F;
+        if (floor_[i] < 0.f) floor_[i] = 0.f;  // not fmaxf: a floor that is no number must admit nothing
+        // A token that has overflowed is recomputed anyway: stop appending to it.
+        if (row < T && __ldcg(count + row) > cap) floor_[i] = CUDART_INF_F;
+      }
+      int previous = -1;
+      for (int k = 0; k < steps; k++) {
+        mbar_wait(full + 8 * stage, phase);
+        const uint32_t x_at = base + stage * STAGE_BYTES + wg * (64 * BK * 2), w_at = base + stage * STAGE_BYTES + X_BYTES;
+        const uint64_t x_desc = matrix_descriptor(x_at), w_desc = matrix_descriptor(w_at);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int kk = 0; kk < 4; kk++) {
+          if constexpr (FP16) wgmma_f16(acc, x_desc + 2 * kk, w_desc + 2 * kk, (k | kk) != 0);
+          else wgmma_bf16(acc, x_desc + 2 * kk, w_desc + 2 * kk, (k | kk) != 0);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (previous >= 0 && t < CLUSTER) mbar_arrive_cluster(empty + 8 * previous, t);
+        previous = stage;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      if (t < CLUSTER) mbar_arrive_cluster(empty + 8 * previous, t);
+
+      *(float4*)(staged + 2 * t) = make_float4(column[0].x, column[0].y, column[1].x, column[1].y);
+      if (turn >= 2) bar_sync(empty_id(wg, turn & 1), 160);
+      bar_sync(group_id(wg), 128);
+      const int list = wg * 2 + (turn & 1);
+      float* values = (float*)(smem + OFF_VALUES) + list * SLOTS * 128 + t;
+      uint8_t* places = smem + OFF_PLACES + list * SLOTS * 128 + t;
+      int number = 0;
+#pragma unroll
+      for (int j = 0; j < 32; j += 2) {
+        float v[8];
+        bool hit[8], any = false;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int half = i >> 2;
+          if ((i & 3) == 0) {
+            const float4 two = *(const float4*)(staged + (j + half) * 8 + quad * 2);
+            v[i] = acc[(j + half) * 4] + two.x, v[i + 1] = acc[(j + half) * 4 + 1] + two.z;
+            v[i + 2] = acc[(j + half) * 4 + 2] + two.x, v[i + 3] = acc[(j + half) * 4 + 3] + two.z;
+            hit[i] = v[i] > floor_[0] && (!HAS_THRESHOLD || v[i] > two.y);
+            hit[i + 1] = v[i + 1] > floor_[0] && (!HAS_THRESHOLD || v[i + 1] > two.w);
+            hit[i + 2] = v[i + 2] > floor_[1] && (!HAS_THRESHOLD || v[i + 2] > two.y);
+            hit[i + 3] = v[i + 3] > floor_[1] && (!HAS_THRESHOLD || v[i + 3] > two.w);
+          }
+          any |= hit[i];
+        }
+        if (any) {
+#pragma unroll
+          for (int i = 0; i < 8; i++)
+            if (hit[i]) {
+              if (number < SLOTS) values[number * 128] = v[i], places[number * 128] = j * 4 + i;
+              number++;
+            }
+        }
+      }
+      (smem + OFF_COUNTS)[list * 128 + t] = number;
+      __threadfence_block();
+      bar_arrive(full_id(wg, turn & 1), 160);
+    }
+    for (int b = max(0, turn - 2); b < turn; b++) bar_sync(empty_id(wg, b & 1), 160);
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+static int encode_map(CUtensorMap* map, const void* data, int rows, int depth, int box_rows, bool fp16) {
+  static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  if (!encode) {
+    cudaDriverEntryPointQueryResult found;
+    void* entry = nullptr;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    if (!entry) return -1;
+    encode = (decltype(&cuTensorMapEncodeTiled))entry;
+  }
+  cuuint64_t size[2] = {(cuuint64_t)depth, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)depth * 2};
+  cuuint32_t box[2] = {BK, (cuuint32_t)box_rows}, element[2] = {1, 1};
+  return (int)encode(map, fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void*)data, size,
+                     stride, box, element, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+template <bool FP16, bool HAS_THRESHOLD>
+static int launch(const void* x, const void* w, const float* bias, const float* threshold, const float* floors, int* count,
+                  void* cand, int cap, int T, int F, int D, int programs, cudaStream_t stream) {
+  CUtensorMap x_map, w_map;
+  if (encode_map(&x_map, x, T, D, BM, FP16)) return -1;
+  if (encode_map(&w_map, w, F, D, BN / CLUSTER, FP16)) return -2;
+  auto kernel = filter_kernel<FP16, HAS_THRESHOLD>;
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
+  if (status != cudaSuccess) return (int)status;
+  kernel<<<programs / CLUSTER * CLUSTER, 384, SMEM_BYTES, stream>>>(x_map, w_map, bias, threshold, floors, count,
+                                                                  (unsigned long long*)cand, cap, T, F, (D + BK - 1) / BK);
+  return (int)cudaGetLastError();
+}
+
+// 0, a cudaError_t, or -1 / -2 when a tensor map could not be made. `threshold` may be null.
+extern "C" int auditor_filter(const void* x, const void* w, const float* bias, const float* threshold, const float* floors,
+                              int* count, void* cand, int cap, int T, int F, int D, int fp16, int programs, void* stream) {
+  auto run = fp16 ? (threshold ? launch<true, true> : launch<true, false>)
+                  : (threshold ? launch<false, true> : launch<false, false>);
+  return run(x, w, bias, threshold, floors, count, cand, cap, T, F, D, programs, (cudaStream_t)stream);
+}
