@@ -46,8 +46,8 @@ MAX_COMMIT_BYTES = 1 << 20
 class SuitePrompt:
     """One tokenised prompt; `suite_id` and `prompt` are the values that `TokenRows` carries.
 
-    `content` marks the tokens that lie in the prompt's own text and `token_texts` has the piece of `text` each
-    token stands for; both have the length of `token_ids`.
+    `content` marks the tokens that lie in the prompt's own text and `token_texts` has the piece of `text`
+    that each token stands for; both have the length of `token_ids`.
     """
 
     suite_id: int
@@ -87,12 +87,15 @@ class Store:
             _remove_if_stale(path)
 
     def has(self, unit_key: str) -> bool:
-        """Whether the unit is committed and its shard has its full length (the hash is checked on read)."""
+        """Whether the unit is committed and its shard is whole; a damaged unit counts as absent."""
         if not self._commit_path(unit_key).exists():
             return False
         commit = self.read_commit(unit_key)
-        path = self.root / "shards" / commit.shard_name
-        return path.is_file() and path.stat().st_size == commit.num_bytes
+        try:
+            self._read_shard(commit)
+        except ShardError:
+            return False
+        return True
 
     def commit(self, unit: Unit, rows: TokenRows, record: Mapping[str, Any]) -> Commit:
         """Write the unit's rows and make them true.
@@ -122,6 +125,9 @@ class Store:
         if self._put(self._commit_path(unit.key), note, replace=False):
             return mine
         theirs = self.read_commit(unit.key)
+        if not self.has(unit.key):  # damaged since, so absent: this attempt takes its place
+            self._put(self._commit_path(unit.key), note, replace=True)
+            return mine
         if theirs.shard_sha256 != sha256:
             raise NondeterminismError(
                 f"unit {unit.key} is committed with shard sha256 {theirs.shard_sha256}, this attempt has "
@@ -129,11 +135,6 @@ class Store:
                 f"what changes results; delete {self._commit_path(unit.key)} to prefer the new attempt"
             )
         return theirs
-
-    def withdraw(self, unit_key: str) -> None:
-        """Remove the unit's commit, so that a damaged unit counts as absent and is computed again."""
-        self._commit_path(unit_key).unlink(missing_ok=True)
-        _sync_dir(self.root / "commits")
 
     def read_rows(self, unit_key: str) -> TokenRows:
         """Read the unit's rows.
@@ -143,18 +144,9 @@ class Store:
             ShardError: The shard is missing, differs from its commit, or is not of this schema.
         """
         commit = self.read_commit(unit_key)
-        path = self.root / "shards" / commit.shard_name
-        remedy = "withdraw the unit (delete its commit) and run the sweep again"
-        if not path.is_file():
-            raise ShardError(f"{path} is missing though unit {unit_key} is committed; {remedy}")
-        num_bytes = path.stat().st_size
-        if num_bytes != commit.num_bytes:
-            raise ShardError(f"{path} has {num_bytes} bytes, its commit says {commit.num_bytes}; {remedy}")
-        shard = path.read_bytes()
-        sha256 = hashlib.sha256(shard).hexdigest()
-        if sha256 != commit.shard_sha256:
-            raise ShardError(f"{path} has sha256 {sha256}, its commit says {commit.shard_sha256}; {remedy}")
         unit = Unit(**commit.unit)
+        path = self.root / "shards" / commit.shard_name
+        shard = self._read_shard(commit)
         return decode_shard(shard, k=unit.k, d_sae=unit.d_sae, metadata=unit.metadata(), path=path)
 
     def read_record(self, unit_key: str) -> dict[str, Any]:
@@ -190,6 +182,21 @@ class Store:
             raise KeyError(f"suites {suites_key} are not in {self.root}")
         table = read_ipc(path.read_bytes(), _suites_schema(suites_key), path)
         return [SuitePrompt(**row) for row in table.to_pylist()]
+
+    def _read_shard(self, commit: Commit) -> bytes:
+        """The bytes the commit speaks of; ShardError when they are not there."""
+        path = self.root / "shards" / commit.shard_name
+        remedy = "run the sweep again: it computes the unit again"
+        if not path.is_file():
+            raise ShardError(f"{path} is missing though unit {commit.unit_key} is committed; {remedy}")
+        num_bytes = path.stat().st_size
+        if num_bytes != commit.num_bytes:
+            raise ShardError(f"{path} has {num_bytes} bytes, its commit says {commit.num_bytes}; {remedy}")
+        shard = path.read_bytes()
+        sha256 = hashlib.sha256(shard).hexdigest()
+        if sha256 != commit.shard_sha256:
+            raise ShardError(f"{path} has sha256 {sha256}, its commit says {commit.shard_sha256}; {remedy}")
+        return shard
 
     def _commit_path(self, unit_key: str) -> Path:
         return self.root / "commits" / f"{_hex_key(unit_key)}.json"

@@ -153,8 +153,6 @@ def test_a_committed_unit_is_read_by_a_store_opened_later(tmp_path):
     assert made.num_tokens == 300
     assert made.unit["hook_name"] == UNIT.hook_name
     assert not list((tmp_path / "tmp").iterdir())
-    store.withdraw(UNIT.key)
-    assert not store.has(UNIT.key)
 
 
 def test_the_same_unit_twice_is_fine_only_with_the_same_rows(tmp_path):
@@ -174,23 +172,26 @@ def damage_flip(path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "match", "seen_by_has"),
+    ("damage", "match"),
     [
-        (damage_flip, "sha256", False),
-        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "bytes, its commit says", True),
-        (lambda path: path.unlink(), "is missing", True),
+        (damage_flip, "sha256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "bytes, its commit says"),
+        (lambda path: path.unlink(), "is missing"),
     ],
 )
-def test_a_damaged_shard_is_refused_and_a_new_attempt_repairs_it(tmp_path, damage, match, seen_by_has):
+def test_a_damaged_shard_is_refused_and_a_new_attempt_repairs_it(tmp_path, damage, match):
     store = Store(tmp_path)
     store.commit(UNIT, make_rows(), {})
     damage(shard_path(store))
     with pytest.raises(ShardError, match=match) as caught:
         store.read_rows(UNIT.key)
     assert "run the sweep again" in str(caught.value)
-    assert store.has(UNIT.key) is not seen_by_has
+    assert not store.has(UNIT.key)
     store.commit(UNIT, make_rows(), {})
     assert_same(store.read_rows(UNIT.key), make_rows())
+    damage(shard_path(store))
+    store.commit(UNIT, make_rows(seed=1), {})  # from an engine that is not exact to the bit
+    assert_same(store.read_rows(UNIT.key), make_rows(seed=1))
 
 
 def forge(store, table):
@@ -296,7 +297,9 @@ def test_a_commit_cannot_point_elsewhere(tmp_path):
 def test_suites_come_back_and_are_never_overwritten_by_others(tmp_path):
     key = UNIT.suites_key
     prompts = [
-        SuitePrompt(0, "general", 0, "Grüße <b>&\u202e", [1, 2, 70_000], ["a", "b", "é"], [False, True, True]),
+        SuitePrompt(
+            0, "general", 0, "Grüße <b>&\u202e", [1, 2, 70_000], ["a", "b", "é"], [False, True, True]
+        ),
         SuitePrompt(1, "maths", 0, "", [], [], []),
     ]
     with pytest.raises(KeyError, match="not in"):
