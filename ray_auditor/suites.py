@@ -187,16 +187,26 @@ def _render(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, li
             f"{where} has 'messages' and the base has no chat template; give rows with 'text' instead"
         )
     text = tokenizer.apply_chat_template(messages, tokenize=False)
+    # Where a message lies is read off the template, by rendering marks in place of the messages: text such as
+    # "user" also stands in the template's own words, so it cannot be searched for.
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = tokenizer.apply_chat_template(marked, tokenize=False)
     spans, position = [], 0
-    for message in messages:
-        body = message["content"] if message["content"] in text else message["content"].strip()
-        start = text.find(body, position)
-        if start < 0:
+    for message, mark in zip(messages, marks, strict=True):
+        before, found, rest = rest.partition(mark)
+        position += len(before)
+        body = message["content"]
+        if not text.startswith(body, position):
+            body = body.strip()  # as many templates do
+        if not (found and text.startswith(body, position) and text[:position].endswith(before)):
             raise ValueError(
                 f"{where}: the base's chat template does not render the text of its messages in order"
             )
-        position = start + len(body)
-        spans.append((start, position))
+        spans.append((position, position + len(body)))
+        position += len(body)
+    if text[position:] != rest:
+        raise ValueError(f"{where}: the base's chat template changes with the text of the messages")
     return text, spans
 
 

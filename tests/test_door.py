@@ -1,0 +1,105 @@
+"""The command line: verbs, overrides, exit codes, and what a wrong one is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_auditor.__main__ import main, to_overrides
+from ray_auditor.config import Verb
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ray_auditor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_lists_every_verb_and_group() -> None:
+    for arguments in ((), ("--help",), ("sweep", "--help")):
+        done = run(*arguments)
+        assert done.returncode == 0
+        for verb in Verb:
+            assert f"  {verb}  " in done.stdout
+        for group in ("candidates", "base", "sae", "suites", "engine", "cluster", "flag", "experiment"):
+            assert f"\n{group}: " in done.stdout
+
+
+def test_the_settings_can_be_printed_and_presets_added() -> None:
+    done = run("sweep", "sae.k=8", "+experiment=nightly", "engine=gpu", "--cfg", "job", "--resolve")
+    assert done.returncode == 0, done.stderr
+    for line in ("verb: sweep", "  k: 8", "  bootstrap_samples: 10000", "  dtype: bfloat16"):
+        assert line in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sae.k=0", "sae.k must be in [1, 128], got 0"),
+        ("sae.k=129", "sae.k must be in [1, 128], got 129"),
+        ("sae.k=many", "many"),
+        ("sae.kk=3", "sae.kk"),
+        ("saes.k=3", "saes"),
+        ("engine=tpu", "tpu"),
+        ("engine.dtype=int3", "int3"),
+        ("engine.max_lora_rank=7", "engine.max_lora_rank must be one of"),
+        ("cluster.num_workers=0", "cluster.num_workers must be >= 1, got 0"),
+        ("flag.confidence=1.0", "flag.confidence must be in [0.5, 1), got 1.0"),
+        ("suites.max_tokens=1", "suites.max_tokens must be in [8, 131072], got 1"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_anything_loads(
+    override: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", override]) == 4
+    assert said in capfd.readouterr().err
+
+
+def test_a_missing_source_is_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = [f"candidates.path={tmp_path}", f"base.model={tmp_path}", f"suites.path={tmp_path}"]
+    for number, name in enumerate(("candidates.path", "base.model", "suites.path", "sae.path")):
+        assert main(["sweep", *given[:number]]) == 4
+        assert f"error: {name} must be given" in capfd.readouterr().err
+
+
+def test_several_jobs_give_the_largest_exit_code(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["sweep", "-m", "sae.k=0,200", f"hydra.sweep.dir={tmp_path}"]) == 4
+    said = capfd.readouterr().err
+    assert "got 0" in said
+    assert "got 200" in said
+
+
+def test_words_become_overrides() -> None:
+    assert to_overrides(["show", "org/a=b", "out_dir=x"])[-1] == "out_dir=x"
+    assert to_overrides(["show", "m001", "out_dir=x"]) == ["verb=show", "show.candidate='m001'", "out_dir=x"]
+    assert to_overrides(["sweep", "a=1", "--cfg", "job", "+b=2"]) == [
+        "--cfg",
+        "job",
+        "verb=sweep",
+        "a=1",
+        "+b=2",
+    ]
+    assert to_overrides([]) == ["--help"]
+    with pytest.raises(ValueError, match="verb must be one of"):
+        to_overrides(["swep"])
+
+
+def test_report_and_show_need_a_finished_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for verb in ("report", "show"):
+        assert main([verb, f"out_dir={tmp_path}"]) == 4
+        assert "run a sweep first" in capfd.readouterr().err
+
+
+def test_assertions_must_be_on() -> None:
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "ray_auditor", "plan"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert "-O" in done.stderr

@@ -1,0 +1,271 @@
+"""The whole path on a tiny hub: through the door, Ray and vLLM to the summary, against a plain loop."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ray_auditor.__main__ import main
+from ray_auditor.store import Store, TokenRows
+from tests.tiny import hidden_states, make_adapter, make_model, make_sae, save_sae
+
+K = 16
+HOOK = "blocks.2.hook_resid_post"
+
+
+class Hub:
+    """A tiny hub and the command that audits it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.candidates, self.out = root, root / "candidates", root / "out"
+        self.base = make_model(root / "base")
+        self.sae = save_sae(root / "sae", make_sae())
+        (root / "suites").mkdir()
+        generator = np.random.default_rng(0)
+        for name in ("general", "brief", "long"):
+            size = {"general": 40, "brief": 12, "long": 90}[name]
+            rows = [{"text": "".join(map(chr, generator.integers(97, 123, size + i)))} for i in range(6)]
+            (root / "suites" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.arguments = [
+            f"candidates.path={self.candidates}",
+            f"base.model={self.base}",
+            f"sae.path={self.sae}",
+            f"suites.path={root / 'suites'}",
+            f"out_dir={self.out}",
+            f"sae.k={K}",
+            "suites.max_tokens=64",
+            "engine.max_lora_rank=8",
+            "engine.max_step_tokens=128",
+            "engine.kv_cache_bytes=16777216",
+            "flag.bootstrap_samples=200",
+        ]
+
+    def sweep(self, *more: str) -> int:
+        return main(["sweep", *self.arguments, *more])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+        return summary
+
+    def row(self, name: str) -> dict[str, Any]:
+        (row,) = (row for row in self.summary["candidates"] if row["id"] == name)
+        return dict(row)
+
+    @property
+    def commits(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (self.out / "store" / "commits").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
+    hub = Hub(tmp_path_factory.mktemp("sweep"))
+    for name, seed, scale in (("small", 1, 0.02), ("large", 2, 0.2)):
+        make_adapter(hub.candidates / name, hub.base, seed=seed, scale=scale)
+    shutil.copytree(hub.candidates / "large", hub.candidates / "large-again")
+    make_model(hub.candidates / "other-weights", seed=5)
+    shutil.copytree(hub.base, hub.candidates / "base-again")
+    make_model(hub.candidates / "narrower", hidden_size=32, seed=6)
+    wide = make_model(hub.root / "wide", hidden_size=128)
+    make_adapter(hub.candidates / "of-another-base", wide)
+    (hub.candidates / "empty").mkdir()
+    (hub.candidates / "pickled").mkdir()
+    (hub.candidates / "pickled" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    assert hub.sweep() == 1  # with few peers, rates alone decide, and random changes exceed them
+    return hub
+
+
+def test_every_candidate_is_accounted_for(hub: Hub) -> None:
+    statuses = {row["id"]: row["status"] for row in hub.summary["candidates"]}
+    assert sorted(statuses) == sorted(path.name for path in hub.candidates.iterdir())
+    assert sum(hub.summary["counts"].values()) == len(statuses)
+    audited = {"small", "large", "large-again", "other-weights", "base-again"}
+    assert {name for name, status in statuses.items() if status in {"ok", "flagged"}} == audited
+    assert {name: statuses[name] for name in statuses.keys() - audited} == {
+        "narrower": "rejected",
+        "of-another-base": "rejected",
+        "empty": "skipped",
+        "pickled": "skipped",
+    }
+    for name in statuses.keys() - audited:
+        assert hub.row(name)["reason"]
+        assert not hub.row(name)["suites"]
+
+
+def test_overlaps_equal_a_plain_loop_of_transformers_and_sae_lens(hub: Hub) -> None:
+    """Per token, for every audited candidate: the same features, but for ties the plain loop proves."""
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(hub.sae), device="cpu")
+    store = Store(hub.out / "store")
+    prompts = store.read_suites(hub.summary["settings"]["suites_key"])
+    ids = [list(prompt.token_ids) for prompt in prompts]
+
+    def plain(path: Path, adapter: Path | None = None) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [sae.encode(resid) for resid in hidden_states(path, ids, HOOK, adapter)]
+
+    def check(rows: TokenRows, acts: list[torch.Tensor]) -> int:
+        num_ties = 0
+        at = {(prompt.suite_id, prompt.prompt): number for number, prompt in enumerate(prompts)}
+        for suite, number, position, kept in zip(
+            rows.suite_N, rows.prompt_N, rows.position_N, rows.top_idx_NK, strict=True
+        ):
+            token = acts[at[int(suite), int(number)]][position]
+            values, wanted = token.topk(K)
+            wanted_set, kept_set = set(wanted[values > 0].tolist()), set(kept[kept >= 0].tolist())
+            for feature in wanted_set ^ kept_set:
+                num_ties += 1
+                assert abs(token[feature] - values[-1]) < 1e-4 * values[0], (suite, number, position, feature)
+        return num_ties
+
+    keys = hub.summary["settings"]["unit_keys"]
+    num_ties = check(store.read_rows(keys["base"]), plain(hub.base))
+    for name in ("small", "large"):
+        num_ties += check(store.read_rows(hub.row(name)["unit_key"]), plain(hub.base, hub.candidates / name))
+    num_ties += check(
+        store.read_rows(hub.row("other-weights")["unit_key"]), plain(hub.candidates / "other-weights")
+    )
+    assert num_ties <= 2
+
+
+def test_rates_are_what_the_definition_says(hub: Hub) -> None:
+    store = Store(hub.out / "store")
+    base = store.read_rows(hub.summary["settings"]["unit_keys"]["base"])
+    names = ["general", "brief", "long"]
+    order = ["general", *sorted(names[1:])]
+    row = hub.row("large")
+    rows = store.read_rows(row["unit_key"])
+    shifts = {}
+    for number, suite in enumerate(order):
+        of_suite = base.suite_N == number
+        overlaps, sizes = [], []
+        for left, right in zip(base.top_idx_NK[of_suite], rows.top_idx_NK[of_suite], strict=True):
+            left_set, right_set = set(left[left >= 0]), set(right[right >= 0])
+            overlaps.append(len(left_set & right_set))
+            sizes.append(max(len(left_set), len(right_set), 1))
+        shifts[suite] = np.mean(np.array(sizes) - np.array(overlaps))
+        assert row["suites"][suite]["tokens"] == of_suite.sum()
+        assert row["suites"][suite]["overlap"] == pytest.approx(np.mean(overlaps), rel=1e-12)
+        assert row["suites"][suite]["shift"] == pytest.approx(shifts[suite], rel=1e-12)
+    for suite in names[1:]:
+        rate = (shifts[suite] - shifts["general"]) / shifts["general"]
+        assert row["suites"][suite]["difference_rate"] == pytest.approx(rate, rel=1e-12)
+        assert row["suites"][suite]["ci_low"] < rate < row["suites"][suite]["ci_high"]
+
+
+def test_the_base_uploaded_again_moved_nothing_and_cost_nothing(hub: Hub) -> None:
+    row = hub.row("base-again")
+    assert row["unit_key"] == hub.summary["settings"]["unit_keys"]["base"]
+    assert {suite["shift"] for suite in row["suites"].values()} == {0.0}
+    assert {suite["difference_rate"] for suite in row["suites"].values()} == {None}
+    assert row["status"] == "ok"
+
+
+def test_the_same_bytes_under_another_name_are_one_unit_with_two_rows(hub: Hub) -> None:
+    first, again = hub.row("large"), hub.row("large-again")
+    assert first["unit_key"] == again["unit_key"]
+    assert first["suites"] == again["suites"]
+    assert len(hub.commits) == 2 + 3  # the base twice, and three distinct candidates
+
+
+def test_base_against_itself_in_another_batching_is_exactly_zero(hub: Hub) -> None:
+    assert set(hub.summary["noise_floor"].values()) == {0.0}
+
+
+def test_the_first_position_and_sinks_are_never_scored(hub: Hub) -> None:
+    base = Store(hub.out / "store").read_rows(hub.summary["settings"]["unit_keys"]["base"])
+    assert base.position_N.min() > 0
+
+
+def test_findings_are_the_flags_one_row_each(hub: Hub) -> None:
+    found = pq.read_table(hub.out / "findings.parquet").to_pylist()
+    assert [
+        {name: row[name] for name in ("candidate", "suite", "score", "rule")} for row in found
+    ] == hub.summary["flags"]
+    for row in found:
+        assert row["difference_rate"] == hub.row(row["candidate"])["suites"][row["suite"]]["difference_rate"]
+    assert hub.summary["details"].keys() == {row["candidate"] for row in found}
+
+
+def test_the_report_is_one_file_that_names_every_candidate(hub: Hub) -> None:
+    page = (hub.out / "report.html").read_text()
+    for path in hub.candidates.iterdir():
+        assert path.name in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_show_and_report_read_the_result_again(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (hub.out / "report.html").read_bytes()
+    (hub.out / "report.html").unlink()
+    assert main(["report", f"out_dir={hub.out}"]) == 1
+    assert (hub.out / "report.html").read_bytes() == page
+    capsys.readouterr()
+    assert main(["show", "large", f"out_dir={hub.out}"]) == 0
+    shown = capsys.readouterr().out
+    assert "large" in shown
+    assert "long" in shown
+
+
+@pytest.mark.slow
+def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) -> None:
+    before, summary = hub.commits, hub.summary
+    assert hub.sweep() == 1
+    assert hub.commits == before
+    again = hub.summary
+    for changing in ("generated_at",):
+        summary.pop(changing), again.pop(changing)
+    assert again == summary
+    make_adapter(hub.candidates / "zz-new", hub.base, seed=9)
+    assert main(["plan", *hub.arguments]) == 0
+    assert hub.sweep("cluster.num_workers=2") == 1
+    assert len(hub.commits.keys() - before.keys()) == 1
+    assert {name: hub.commits[name] for name in before} == before
+    shutil.rmtree(hub.candidates / "zz-new")
+
+
+@pytest.mark.slow
+def test_two_workers_and_another_order_give_the_same_bytes(hub: Hub) -> None:
+    one = {path.name: path.read_bytes() for path in (hub.out / "store" / "shards").iterdir()}
+    kept, hub.out = hub.out, hub.root / "out2"
+    hub.arguments = [argument.replace(str(kept), str(hub.out)) for argument in hub.arguments]
+    assert hub.sweep("cluster.num_workers=2") == 1
+    assert {path.name: path.read_bytes() for path in (hub.out / "store" / "shards").iterdir()} == {
+        name: data
+        for name, data in one.items()
+        if name in {p.name for p in (hub.out / "store" / "shards").iterdir()}
+    }
+    hub.arguments = [argument.replace(str(hub.out), str(kept)) for argument in hub.arguments]
+    hub.out = kept
+
+
+def test_wrong_inputs_are_named_before_anything_runs(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wide = save_sae(tmp_path / "far", make_sae(hook_layer=9))
+    (tmp_path / "lonely").mkdir()
+    shutil.copy(hub.root / "suites" / "general.jsonl", tmp_path / "lonely")
+    for override, said in (
+        (f"candidates.path={tmp_path}/none", "candidates.path"),
+        (f"base.model={tmp_path}/none", "base.model"),
+        (f"sae.path={tmp_path}/none", str(tmp_path / "none")),
+        (f"sae.path={wide}", "sae.hook_name must lie within the base's 4 layers, got blocks.9"),
+        (f"base.model={hub.root / 'wide'}", "sae.path must hold an SAE of width 128"),
+        (f"suites.path={tmp_path / 'lonely'}", "at least one suite beside 'general'"),
+        ("suites.general=alpaca", "suites.general must name one of the suites"),
+    ):
+        assert hub.sweep(override) == 4
+        assert said in capfd.readouterr().err
+
+
+def test_an_empty_folder_is_nothing_to_audit(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    assert hub.sweep(f"candidates.path={tmp_path / 'none'}", f"out_dir={tmp_path / 'out'}") == 3
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["candidates"] == []
+    assert "nothing" in (tmp_path / "out" / "report.html").read_text().lower()
