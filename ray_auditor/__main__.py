@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; None takes the process's own.
 
     Returns:
-        0 nothing stands out, 1 findings, 2 some candidates failed, 3 nothing to audit, 4 usage, 130 interrupted.
-        With several jobs (`-m`), the largest.
+        0 nothing stands out, 1 findings, 2 some candidates failed, 3 nothing to audit, 4 usage,
+        130 interrupted. With several jobs (`-m`), the largest.
     """
     if not __debug__:
         return _say_usage(

@@ -1,4 +1,4 @@
-"""What a sweep found, from committed units alone: rates, flags, `summary.json`, `findings.parquet`, the report.
+"""What a sweep found, from committed units alone: rates, flags, summary, findings and report.
 
 Nothing here needs the engine: it can be repeated on a laptop against the store.
 """
@@ -163,7 +163,7 @@ def _numbers(cell: Cell) -> dict[str, Any]:
 
 
 def _gate(base: TokenRows | None) -> dict[str, float] | None:
-    """How well the SAE fits the base on the suites: share of energy it misses, and features active a token."""
+    """How well the SAE fits the base on the suites: energy it misses, features active a token."""
     if base is None:
         return None
     total = float(base.fvu_total_N.sum(dtype=float))
@@ -184,14 +184,7 @@ def _details(plan: Plan, base: TokenRows, population: Population) -> dict[str, A
         rows = plan.store.read_rows(unit.key)
         number = plan.suites.names.index(flag.suite)
         of_suite = [prompt for prompt in prompts if prompt.suite_id == number]
-        text_of = {
-            i: text
-            for prompt in of_suite
-            for i, text in zip(prompt.token_ids, prompt.token_texts, strict=True)
-        }
-        moved = describe_features(
-            moved_features(base, rows, number, 0), base, rows, of_suite, lambda ids: [text_of[i] for i in ids]
-        )
+        moved = describe_features(moved_features(base, rows, number, 0), base, rows, of_suite)
         details.setdefault(flag.candidate, {})[flag.suite] = {"features": moved}
     return details
 

@@ -77,11 +77,26 @@ def _engine(_: AuditConfig) -> Iterator[Check]:
     yield Check("gpu", True, ", ".join(gpus) or "none: sweeps run on the CPU", "")
 
 
-def _kernels(_: AuditConfig) -> Iterator[Check]:
-    from auditor_kernels import describe_dispatch
+def _kernels(config: AuditConfig) -> Iterator[Check]:
+    """What `encode_topk` would run on this machine, at the shape of a mid-sized SAE."""
+    import torch
+    from auditor_kernels import EncoderWeights, describe_dispatch
 
-    for line in describe_dispatch():
-        yield Check("encode_topk", True, line, "")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    d_in, d_sae = 512, 4096
+    encoder = EncoderWeights(
+        W_enc_DF=torch.zeros(d_sae, d_in, dtype=dtype, device=device).T,
+        b_enc_F=torch.zeros(d_sae, device=device),
+        threshold_F=torch.zeros(d_sae, device=device),
+        b_dec_D=torch.zeros(d_in, device=device),
+        W_dec_FD=None,
+        max_active=None,
+    )
+    for line in describe_dispatch(
+        encoder, k=config.sae.k, num_tokens=config.engine.max_step_tokens, dtype=dtype
+    ):
+        yield Check("kernel", True, line, "")
 
 
 def _machine(config: AuditConfig) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 # Shape suffixes: N scored tokens of one suite, K = kept features, F = d_sae.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,6 @@ def describe_features(
     base: TokenRows,
     cand: TokenRows,
     prompts: Sequence[SuitePrompt],
-    decode: Callable[[Sequence[int]], Sequence[str]] | None = None,
     *,
     num_context: int = 16,
 ) -> list[dict[str, Any]]:
@@ -105,7 +104,6 @@ def describe_features(
         base: Rows of the base.
         cand: Rows of the candidate.
         prompts: The prompts of that suite, from `Store.read_suites`.
-        decode: Token ids to one string for each; None takes the texts stored with the prompts.
         num_context: Tokens shown before and after an example's own.
     """
     by_number = {prompt.prompt: prompt for prompt in prompts}
@@ -122,9 +120,7 @@ def describe_features(
             examples.append(
                 {
                     "prompt": number,
-                    "tokens": list(
-                        decode(prompt.token_ids[window]) if decode else prompt.token_texts[window]
-                    ),
+                    "tokens": list(prompt.token_texts[window]),
                     "overlaps": overlaps[window],
                     "focus": position - first,
                 }

@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from ray_auditor.config import AuditConfig, ClusterConfig
 from ray_auditor.conclusion import conclude
+from ray_auditor.config import AuditConfig, ClusterConfig
 from ray_auditor.hub import CandidateError
 from ray_auditor.plan import Plan, make_plan
 from ray_auditor.report.progress import SweepProgress

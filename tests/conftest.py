@@ -10,7 +10,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require-gpu", action="store_true", help="fail GPU tests when no CUDA device is present")
+    parser.addoption("--require-gpu", action="store_true", help="fail when no CUDA device is present")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -90,7 +90,7 @@ class BaseLoader(BaseModelLoader):  # type: ignore[misc]
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing to fetch: the base is a local folder."""
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:  # noqa: ARG002
         """Load the base through the architecture's own `load_weights`."""
         model.load_weights(self._tensors())  # type: ignore[operator]
 

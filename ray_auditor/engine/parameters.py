@@ -39,7 +39,7 @@ def checksum(tensor: Tensor) -> Checksum:
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     weighted = torch.zeros_like(total)
     positions = torch.arange(1, min(CHUNK_NUMEL, bits.numel()) + 1, device=bits.device)
-    for number, chunk in enumerate(bits.split(CHUNK_NUMEL), start=1):
+    for number, chunk in enumerate(torch.split(bits, CHUNK_NUMEL), start=1):
         words = chunk.to(torch.int64)
         total += words.sum() * number
         weighted += (words * positions[: words.numel()]).sum() * number

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ PROMPT = [[5, 6, 7, 8, 9, 10]]
 class Fused(nn.Module):
     """A stand-in for the layout vLLM uses: two projections in one parameter, a padded embedding."""
 
-    packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+    packed_modules_mapping: ClassVar = {"qk_proj": ["q_proj", "k_proj"]}
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,9 +144,7 @@ def test_an_adapter_that_is_not_in_its_slot_gives_no_result(hub: Path, engine: E
 
     engine.load(admitted(hub, "adapter", "adapter"))
     list(engine.encode(PROMPT))
-    layers = {name: layer for name, layer in engine._model.named_modules() if hasattr(layer, "lora_a_stacked")}
-    name = "model.layers.0.mlp.down_proj"
-    slot = layers[name].lora_b_stacked[0]
+    slot = engine._model.get_submodule("model.layers.0.mlp.down_proj").lora_b_stacked[0]
     slot[0, 0, 0, 0] += 1
     assert engine._adapter is not None
     with pytest.raises(SwapError, match="down_proj"):
@@ -157,7 +156,7 @@ def test_an_adapter_that_is_not_in_its_slot_gives_no_result(hub: Path, engine: E
     engine.load(None)
 
 
-def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: Engine, tmp_path: Path) -> None:
+def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: Engine) -> None:
     make_model(hub / "changing", seed=2)
     candidate = admitted(hub, "changing", "full")
     weights = hub / "changing" / "model.safetensors"
