@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ray_auditor.__main__ import main
 from ray_auditor.store import Store, TokenRows
-from tests.tiny import hidden_states, make_adapter, make_model, make_sae, save_sae
+from tests.tiny import hidden_states, make_adapter, make_model, make_sae, make_tokenizer, save_sae
 
 K = 16
 HOOK = "blocks.2.hook_resid_post"
@@ -27,9 +28,9 @@ class Hub:
         self.sae = save_sae(root / "sae", make_sae())
         (root / "suites").mkdir()
         generator = np.random.default_rng(0)
-        for name in ("general", "brief", "long"):
-            size = {"general": 40, "brief": 12, "long": 90}[name]
-            rows = [{"text": "".join(map(chr, generator.integers(97, 123, size + i)))} for i in range(6)]
+        for name, first, last in (("general", "a", "z"), ("letters", "a", "z"), ("digits", "0", "9")):
+            codes = generator.integers(ord(first), ord(last) + 1, (6, 40))
+            rows = [{"text": "".join(map(chr, row[: 40 - i]))} for i, row in enumerate(codes)]
             (root / "suites" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.arguments = [
             f"candidates.path={self.candidates}",
@@ -62,6 +63,19 @@ class Hub:
         return {path.name: path.stat().st_mtime_ns for path in (self.out / "store" / "commits").iterdir()}
 
 
+def plant_digits(path: Path, base: Path) -> None:
+    """Full weights that differ a little from the base everywhere, and a lot in how digits are embedded."""
+    shutil.copytree(base, path)
+    state = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in state.values():
+        tensor += 0.01 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    digits = make_tokenizer().convert_tokens_to_ids(list("0123456789"))
+    embedding = state["model.embed_tokens.weight"]
+    embedding[digits] += 0.5 * torch.randn(len(digits), embedding.shape[1], generator=generator)
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     hub = Hub(tmp_path_factory.mktemp("sweep"))
@@ -76,7 +90,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     (hub.candidates / "empty").mkdir()
     (hub.candidates / "pickled").mkdir()
     (hub.candidates / "pickled" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-    assert hub.sweep() == 1  # with few peers, rates alone decide, and random changes exceed them
+    plant_digits(hub.candidates / "planted", hub.base)
+    assert hub.sweep() == 1
     return hub
 
 
@@ -84,7 +99,7 @@ def test_every_candidate_is_accounted_for(hub: Hub) -> None:
     statuses = {row["id"]: row["status"] for row in hub.summary["candidates"]}
     assert sorted(statuses) == sorted(path.name for path in hub.candidates.iterdir())
     assert sum(hub.summary["counts"].values()) == len(statuses)
-    audited = {"small", "large", "large-again", "other-weights", "base-again"}
+    audited = {"small", "large", "large-again", "other-weights", "base-again", "planted"}
     assert {name for name, status in statuses.items() if status in {"ok", "flagged"}} == audited
     assert {name: statuses[name] for name in statuses.keys() - audited} == {
         "narrower": "rejected",
@@ -137,7 +152,7 @@ def test_overlaps_equal_a_plain_loop_of_transformers_and_sae_lens(hub: Hub) -> N
 def test_rates_are_what_the_definition_says(hub: Hub) -> None:
     store = Store(hub.out / "store")
     base = store.read_rows(hub.summary["settings"]["unit_keys"]["base"])
-    names = ["general", "brief", "long"]
+    names = ["general", "letters", "digits"]
     order = ["general", *sorted(names[1:])]
     row = hub.row("large")
     rows = store.read_rows(row["unit_key"])
@@ -171,7 +186,7 @@ def test_the_same_bytes_under_another_name_are_one_unit_with_two_rows(hub: Hub) 
     first, again = hub.row("large"), hub.row("large-again")
     assert first["unit_key"] == again["unit_key"]
     assert first["suites"] == again["suites"]
-    assert len(hub.commits) == 2 + 3  # the base twice, and three distinct candidates
+    assert len(hub.commits) == 2 + 4  # the base twice, and four distinct candidates
 
 
 def test_base_against_itself_in_another_batching_is_exactly_zero(hub: Hub) -> None:
@@ -191,6 +206,17 @@ def test_findings_are_the_flags_one_row_each(hub: Hub) -> None:
     for row in found:
         assert row["difference_rate"] == hub.row(row["candidate"])["suites"][row["suite"]]["difference_rate"]
     assert hub.summary["details"].keys() == {row["candidate"] for row in found}
+    assert ("planted", "digits") in {(row["candidate"], row["suite"]) for row in found}
+    assert {row["rule"] for row in found} == {"seed_rate_15"}  # too few peers for another
+
+
+def test_a_flag_is_followed_down_to_features_and_tokens(hub: Hub) -> None:
+    features = hub.summary["details"]["planted"]["digits"]["features"]
+    assert features
+    for feature in features:
+        assert feature["delta"] == pytest.approx(feature["rate_candidate"] - feature["rate_base"])
+        for example in feature["examples"]:
+            assert set("".join(example["tokens"])) <= set("0123456789")
 
 
 def test_the_report_is_one_file_that_names_every_candidate(hub: Hub) -> None:
@@ -209,7 +235,7 @@ def test_show_and_report_read_the_result_again(hub: Hub, capsys: pytest.CaptureF
     assert main(["show", "large", f"out_dir={hub.out}"]) == 0
     shown = capsys.readouterr().out
     assert "large" in shown
-    assert "long" in shown
+    assert "digits" in shown
 
 
 @pytest.mark.slow
@@ -218,9 +244,7 @@ def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) ->
     assert hub.sweep() == 1
     assert hub.commits == before
     again = hub.summary
-    for changing in ("generated_at",):
-        summary.pop(changing), again.pop(changing)
-    assert again == summary
+    assert again | {"generated_at": None} == summary | {"generated_at": None}
     make_adapter(hub.candidates / "zz-new", hub.base, seed=9)
     assert main(["plan", *hub.arguments]) == 0
     assert hub.sweep("cluster.num_workers=2") == 1
@@ -235,11 +259,9 @@ def test_two_workers_and_another_order_give_the_same_bytes(hub: Hub) -> None:
     kept, hub.out = hub.out, hub.root / "out2"
     hub.arguments = [argument.replace(str(kept), str(hub.out)) for argument in hub.arguments]
     assert hub.sweep("cluster.num_workers=2") == 1
-    assert {path.name: path.read_bytes() for path in (hub.out / "store" / "shards").iterdir()} == {
-        name: data
-        for name, data in one.items()
-        if name in {p.name for p in (hub.out / "store" / "shards").iterdir()}
-    }
+    two = {path.name: path.read_bytes() for path in (hub.out / "store" / "shards").iterdir()}
+    assert len(two) == 2 + 4
+    assert two.items() <= one.items()
     hub.arguments = [argument.replace(str(hub.out), str(kept)) for argument in hub.arguments]
     hub.out = kept
 
