@@ -1,6 +1,7 @@
 """The Ray driver: which units to run, the window in flight, retries, quarantine, resume."""
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import ray
 
-from ray_auditor.conclusion import conclude
+from ray_auditor.conclusion import EXIT_FAILED, conclude
 from ray_auditor.config import AuditConfig, ClusterConfig
 from ray_auditor.hub import CandidateError
 from ray_auditor.plan import Plan, make_plan
@@ -52,7 +53,11 @@ def run_sweep(config: AuditConfig) -> int:
     if plan.assignments and (todo or stages):
         num_units = len(plan.assignments) + len(bases)
         with cluster(config.cluster) as num_threads, SweepProgress(num_units) as progress:
-            failures = run_stages([*stages, todo], plan, num_threads, progress)
+            try:
+                failures = run_stages([*stages, todo], plan, num_threads, progress)
+            except BaseFailed as error:
+                sys.stderr.write(f"error: {error}\n")
+                return EXIT_FAILED
     return conclude(plan, failures)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ray_auditor.config import AuditConfig, BaseConfig, CandidatesConfig
-from ray_auditor.demo import prepare, print_verdict, read_labels
+from ray_auditor.demo import DemoError, prepare, print_verdict, read_labels
 from ray_auditor.reading import read_summary
 from ray_auditor.sweep import run_sweep
 
@@ -23,7 +23,10 @@ def run_demo(config: AuditConfig) -> int:
     """
     out_dir = DEMO_DIR if config.out_dir == AuditConfig().out_dir else Path(config.out_dir)
     console = Console()
-    paths = prepare(out_dir, console)
+    try:
+        paths = prepare(out_dir, console)
+    except DemoError as error:
+        raise ValueError(str(error)) from error
     sweep = replace(
         config,
         out_dir=str(out_dir),

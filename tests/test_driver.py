@@ -1,0 +1,127 @@
+"""The driver under faults: real Ray actors that misbehave on order, in place of the one that owns an engine."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from ray_auditor import sweep
+from ray_auditor.config import ClusterConfig
+from ray_auditor.hub import CandidateError
+from ray_auditor.report.progress import SweepProgress
+from ray_auditor.sweep import BaseFailed, cluster, run_stages
+
+
+class Unruly:
+    """Does what its assignment's name says; every attempt leaves a line in the log."""
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+        self.used = False
+
+    def audit(self, task: Any) -> int:
+        with open(self.log, "a") as log:
+            log.write(f"{task.name} {os.getpid()}\n")
+        attempts = Path(self.log).read_text().split().count(task.name)
+        kind = task.name.split("-")[0]
+        if kind == "raise":
+            raise RuntimeError("first line\nthe engine is poisoned")
+        if kind == "die" or (kind == "dieonce" and attempts == 1):
+            os._exit(1)
+        if kind == "hang":
+            time.sleep(600)
+        if kind == "refuse":
+            raise CandidateError("rejected", "changed", "the file changed")
+        time.sleep(0.05)
+        return 1
+
+
+def task(name: str, num_bytes: int = 0, *, base: bool = False) -> Any:
+    unit = SimpleNamespace(key=name)
+    return SimpleNamespace(name=name, unit=unit, num_bytes=num_bytes, candidate=None if base else object())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def running() -> Any:
+    this = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(this)  # workers cannot import a test module
+    with cluster(ClusterConfig(num_workers=2)):
+        yield
+    ray.cloudpickle.unregister_pickle_by_value(this)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sweep, "Worker", Unruly)
+    log = tmp_path / "log"
+    log.touch()
+
+    def run(*stages: list[Any], num_workers: int = 2, **settings: Any) -> tuple[dict[str, Any], list[str]]:
+        config = ClusterConfig(num_workers=num_workers, cpus_per_worker=0.5, **settings)
+        plan: Any = SimpleNamespace(
+            config=SimpleNamespace(cluster=config),
+            worker_spec=lambda _: str(log),
+            suites=SimpleNamespace(num_tokens=1),
+        )
+        with SweepProgress(sum(map(len, stages))) as progress:
+            failures = run_stages(stages, plan, 1, progress)
+        return failures, [line.split()[0] for line in log.read_text().splitlines()]
+
+    return run
+
+
+def test_whatever_one_candidate_does_the_others_finish(run: Any) -> None:
+    names = ["fine-1", "raise-1", "fine-2", "die-1", "refuse-1", "dieonce-1", "fine-3"]
+    failures, log = run([task(name) for name in names])
+    assert failures.keys() == {"raise-1", "die-1", "refuse-1"}
+    assert failures["raise-1"] == "RuntimeError: the engine is poisoned"
+    assert isinstance(failures["refuse-1"], CandidateError)
+    counts = {name: log.count(name) for name in names}
+    assert counts == {
+        "fine-1": 1,
+        "fine-2": 1,
+        "fine-3": 1,
+        "raise-1": 2,
+        "die-1": 2,
+        "refuse-1": 1,
+        "dieonce-1": 2,
+    }
+
+
+def test_after_an_error_the_engine_is_a_fresh_one_and_after_a_refusal_the_same(
+    run: Any, tmp_path: Path
+) -> None:
+    run([task("raise-1", 3), task("refuse-1", 2), task("fine-1", 1)], num_workers=1, max_attempts=1)
+    pids = dict(line.split() for line in (tmp_path / "log").read_text().splitlines())
+    assert pids["raise-1"] != pids["refuse-1"] == pids["fine-1"]
+
+
+def test_the_largest_goes_first_and_stages_do_not_mix(run: Any) -> None:
+    _, log = run([task("base")], [task("small", 1), task("large", 9), task("middle", 5)], num_workers=1)
+    assert log == ["base", "large", "middle", "small"]
+
+
+def test_a_candidate_that_hangs_is_given_up(run: Any) -> None:
+    failures, log = run([task("hang-1", 9), task("fine-1")], unit_timeout_s=3.0, max_attempts=1)
+    assert failures == {"hang-1": "unit_timeout: cluster.unit_timeout_s passed"}
+    assert log.count("fine-1") == 1
+
+
+def test_a_base_that_fails_ends_the_sweep(run: Any) -> None:
+    with pytest.raises(
+        BaseFailed, match="raise-base could not be encoded: RuntimeError: the engine is poisoned"
+    ):
+        run([task("raise-base", base=True)], [task("fine-1")])
+
+
+def test_no_actor_outlives_its_run(run: Any) -> None:
+    run([task("fine-1")])
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
