@@ -168,8 +168,8 @@ def _gate(base: TokenRows | None) -> dict[str, float] | None:
         return None
     total = float(base.fvu_total_N.sum(dtype=float))
     return {
-        "fvu": float(base.fvu_err_N.sum(dtype=float)) / total if total else 0.0,
-        "l0": float((base.top_idx_NK >= 0).sum(1).mean()),
+        "fvu": round(float(base.fvu_err_N.sum(dtype=float)) / total, 4) if total else 0.0,
+        "l0": round(float((base.top_idx_NK >= 0).sum(1).mean()), 2),
     }
 
 

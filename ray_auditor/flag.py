@@ -157,7 +157,7 @@ def flag_population(
     if num_scored:
         by_chance = num_scored * math.erfc(rule.min_z / math.sqrt(2)) / 2
         limits.append(
-            f"no null population: scores rank candidates, they are not error rates; of {num_scored} cells, "
+            f"No null population: scores rank candidates, they are not error rates; of {num_scored} cells, "
             f"normal noise alone would put {by_chance:.2g} above z = {rule.min_z:g}"
         )
     return Population(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from ray_auditor.conclusion import EXIT_FAILED, conclude
 from ray_auditor.config import AuditConfig, ClusterConfig
@@ -49,6 +50,14 @@ def run_sweep(config: AuditConfig) -> int:
     todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
+    num_done = len(plan.assignments) - len(todo)
+    Console().print(
+        f"{len(plan.rows)} candidates listed, {len(plan.assignments)} distinct to audit: {num_done} "
+        f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     failures: dict[str, CandidateError | str] = {}
     if plan.assignments and (todo or stages):
         num_units = len(plan.assignments) + len(bases)

