@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from math import comb
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from auditor_kernels.launch import Launcher
 HINT_SLACK = 0.95
 # Extra memory is held to this share of the bfloat16 pre-activations by going through the tokens in chunks.
 MEMORY_SHARE = 0.05
-MIN_CHUNK = 2048
+# A workspace this small is never worth a second chunk, whatever the share.
+FLOOR_BYTES = 64 << 20
 # Tokens recomputed more often than this are not worth a faster first pass.
-EXPECTED_RECOMPUTED = 0.003
+EXPECTED_RECOMPUTED = 0.006
 MAX_PER_GROUP = 8
-ROW_SLICES = 32
+ROW_SLICES = 64
 
 
 def per_group(expected: int, d_sae: int) -> int | None:
@@ -31,7 +32,7 @@ def per_group(expected: int, d_sae: int) -> int | None:
     """
     groups = -(-d_sae // 64)
     for m in range(1, MAX_PER_GROUP + 1):
-        if comb(expected, m + 1) <= EXPECTED_RECOMPUTED * groups**m:
+        if math.comb(expected, m + 1) <= EXPECTED_RECOMPUTED * groups**m:
             return m
     return None
 
@@ -42,9 +43,10 @@ def capacity(kept: int, d_sae: int) -> int:
 
 
 def chunk_tokens(num_tokens: int, bytes_per_token: int, d_sae: int) -> int:
-    """Tokens per chunk so that `bytes_per_token` of workspace stays within MEMORY_SHARE, in whole tiles."""
-    chunks = -(-bytes_per_token // max(1, int(MEMORY_SHARE * 2 * d_sae)))
-    return min(num_tokens, max(MIN_CHUNK, -(-num_tokens // (chunks * 256)) * 256))
+    """Tokens per chunk, in whole tiles, so that the workspace stays within MEMORY_SHARE or FLOOR_BYTES."""
+    allowed = max(FLOOR_BYTES, MEMORY_SHARE * 2 * d_sae * num_tokens)
+    chunks = math.ceil(num_tokens * bytes_per_token / allowed)
+    return min(num_tokens, math.ceil(num_tokens / (chunks * 256)) * 256)
 
 
 # A filter over one chunk: (tokens, floor [T], count [T] zeroed, candidates [T, CAP]).
@@ -52,14 +54,21 @@ FilterPass = Callable[[slice, Tensor, Tensor, Tensor], None]
 
 
 def _chunks(launcher: Launcher, bytes_per_token: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Chunks of tokens, each with counts [T] and an empty list of tokens [1 + T], zeroed, and candidates."""
-    num_tokens = launcher.x_ND.shape[0]
+    """Chunks of tokens with counts [T], the list of the whole call [1 + N], both zeroed, candidates [T, CAP].
+
+    When the last chunk is done, whatever is on the list is recomputed.
+    """
+    num_tokens, cap = launcher.x_ND.shape[0], launcher.cap
     size = chunk_tokens(num_tokens, bytes_per_token, launcher.d_sae)
-    cand = launcher.x_ND.new_empty(size, launcher.cap, dtype=torch.int64)
+    # The candidates' memory serves the recomputation too, which may need k keys for every token.
+    space = launcher.x_ND.new_empty(max(size * cap, num_tokens * launcher.k), dtype=torch.int64)
+    zeroed = launcher.x_ND.new_zeros(2 * num_tokens + 1, dtype=torch.int32)
+    counts, listed = zeroed[:num_tokens], zeroed[num_tokens:]
     for start in range(0, num_tokens, size):
-        tokens = min(size, num_tokens - start)
-        zeroed = launcher.x_ND.new_zeros(2 * tokens + 1, dtype=torch.int32)
-        yield slice(start, start + tokens), zeroed[:tokens], zeroed[tokens:], cand[:tokens]
+        part = slice(start, min(start + size, num_tokens))
+        count = counts[part]
+        yield part, count, listed, space[: count.shape[0] * cap].view(-1, cap)
+    launcher.recompute(listed, space)
 
 
 def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | None = None) -> None:
@@ -73,33 +82,34 @@ def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | 
             launcher.gemm(part, m, floor, count, cand, None)
         else:
             filter_pass(part, floor, count, cand)
-        launcher.finish(part, floor, count, listed, cand)
+        launcher.rank(part, floor, count, cand, listed)
 
 
 def encode_groups(launcher: Launcher) -> None:
     """One GEMM that keeps the top M of every group of 64; no floor needed, values to 17 bits of mantissa."""
-    m = per_group(launcher.kept, launcher.d_sae) or MAX_PER_GROUP
+    # One more than a group may hold: a token is marked when a group's last key reaches the bound.
+    m = 1 + (per_group(launcher.kept, launcher.d_sae) or MAX_PER_GROUP)
+    floor_n = launcher.x_ND.new_zeros(launcher.x_ND.shape[0], dtype=torch.float32)
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * m * (launcher.d_sae // 64)):
-        floor = torch.zeros_like(count, dtype=torch.float32)
-        launcher.groups_pass(part, m, floor, count, cand, floor_only=False)
-        launcher.finish(part, floor, count, listed, cand)
+        launcher.groups_pass(part, m, floor_n[part], count, cand, floor_only=False)
+        launcher.rank(part, floor_n[part], count, cand, listed)
 
 
 def encode_two_pass(launcher: Launcher) -> None:
     """Group maxima for a floor that holds, then the filter: two GEMMs, all 24 bits of mantissa."""
     m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
+    floor_n = launcher.x_ND.new_zeros(launcher.x_ND.shape[0], dtype=torch.float32)
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * (launcher.d_sae // 64)):
-        floor = torch.zeros_like(count, dtype=torch.float32)
-        launcher.groups_pass(part, 1, floor, count, cand, floor_only=True)
-        launcher.gemm(part, m, floor, count, cand, None)
-        launcher.finish(part, floor, count, listed, cand)
+        launcher.groups_pass(part, 1, floor_n[part], count, cand, floor_only=True)
+        launcher.gemm(part, m, floor_n[part], count, cand, None)
+        launcher.rank(part, floor_n[part], count, cand, listed)
 
 
 def encode_rows(launcher: Launcher) -> None:
     """Every token by the exact row kernel: for few tokens, or k so large that no filter would certify."""
-    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap):
-        tokens = count.shape[0]
-        torch.arange(-1, tokens, out=listed)
-        listed[0] = tokens
-        space = cand if tokens > MIN_CHUNK else cand.new_empty(tokens, ROW_SLICES, launcher.k)
-        launcher.recompute(part, listed, space)
+    num_tokens = launcher.x_ND.shape[0]
+    listed = torch.arange(-1, num_tokens, dtype=torch.int32, device=launcher.x_ND.device)
+    listed[0] = num_tokens
+    slices = max(1, min(ROW_SLICES, FLOOR_BYTES // (8 * num_tokens * launcher.k)))
+    space = launcher.x_ND.new_empty(num_tokens * slices * launcher.k, dtype=torch.int64)
+    launcher.recompute(listed, space)

@@ -1,8 +1,8 @@
 """The portable GEMM: its epilogue keeps the largest few features of each group of 64, nothing else.
 
 A group is the 64 of a tile's columns that one thread holds (columns 8j + 2q + {0, 1} of a tensor-core
-layout), so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the group, which
-makes the keys of a group distinct and carries the index along for free: keys hold 17 bits of mantissa.
+layout), so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the
+group, which makes the keys of a group distinct and carries the index for free: keys keep 17 bits of mantissa.
 
 Without a hint every group's M largest keys are written (`[T, M, F / 64]`), for `select` to rank. With a
 threshold per token only keys above it are appended to the token's candidate list (with EXACT, which costs
@@ -82,7 +82,8 @@ def group_gemm(
     """One persistent launch over all tiles; grid is `(PROGRAMS,)`.
 
     `floor_ptr` float32 [T]: with FILTER, keys of scores at or above it are appended to `cand_ptr`
-    int64 [T, CAP] and counted in `count_ptr` int32 [T] (zeroed by the caller). Without, `keys_ptr` int32 [T, M, groups].
+    int64 [T, CAP] and counted in `count_ptr` int32 [T] (zeroed by the caller). Without, all keys go to
+    `keys_ptr` int32 [T, M, groups].
     """
     LOW: tl.constexpr = 7 if TWO_SIDED else 6
     low_mask: tl.constexpr = (1 << LOW) - 1
@@ -179,7 +180,8 @@ def select(
 
     The kept-th largest of the group maxima is a lower bound of the kept-th largest score, because as many
     distinct features reach it. All keys at or above it become candidates. If a group's last recorded key
-    reaches it too, that group may hold more, and the token is marked as overflowed. With FLOOR_ONLY the bound alone is written.
+    reaches it too, that group may hold more, and the token is marked as overflowed. With FLOOR_ONLY only the
+    bound is written.
     """
     LOW: tl.constexpr = 7 if TWO_SIDED else 6
     low_mask: tl.constexpr = (1 << LOW) - 1

@@ -1,4 +1,4 @@
-"""The Hopper filter: built with nvcc on first use, kept in the user's cache, silently absent where it cannot be."""
+"""The Hopper filter: built with nvcc on first use and cached; silently absent where it cannot be."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def wgmma_header() -> str:
     registers = ", ".join(f"%{i}" for i in range(128))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(128))
     wrapper = (
-        "__device__ __forceinline__ void wgmma_{name}(float (&d)[128], uint64_t x, uint64_t w, int accumulate) {{\n"
+        "__device__ __forceinline__ void wgmma_{name}(float (&d)[128], uint64_t x, uint64_t w, int keep) {{\n"
         '  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %130, 0;\\n"\n'
-        '  "wgmma.mma_async.sync.aligned.m64n256k16.f32.{name}.{name} {{{registers}}}, %128, %129, p, 1, 1, 0, 0;\\n}}\\n"\n'
-        '  : {outputs} : "l"(x), "l"(w), "r"(accumulate));\n}}\n'
+        '  "wgmma.mma_async.sync.aligned.m64n256k16.f32.{name}.{name} "\n'
+        '  "{{{registers}}}, %128, %129, p, 1, 1, 0, 0;\\n}}\\n"\n'
+        '  : {outputs} : "l"(x), "l"(w), "r"(keep));\n}}\n'
     )
     return "".join(
         wrapper.format(name=name, registers=registers, outputs=outputs) for name in ("bf16", "f16")

@@ -19,25 +19,26 @@
 
 constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, CLUSTER = 2;
 constexpr int X_BYTES = BM * BK * 2, W_BYTES = BN * BK * 2, STAGE_BYTES = X_BYTES + W_BYTES;
-constexpr int SLOTS = 10;        // per thread and tile; more than this marks the thread's two tokens as overflowed
-constexpr int RASTER = 8;        // cluster rows whose x stays in L2 while W streams past
+constexpr int SLOTS = 15;        // per thread and tile; more than this marks the thread's two tokens as overflowed
+constexpr int ROOM = SLOTS + 5;  // four pushes may happen between two looks at the bound
+constexpr int RASTER = 16 / CLUSTER;  // cluster rows whose x stays in L2 while W streams past
 constexpr int OVERFLOW_MARK = 1 << 20;
 constexpr int LAST_FEATURE = 0x3FFFFFFF;
 
-// Shared memory: stages | values [2 wg][2 buffers][SLOTS][128] | places, same shape | counts | columns | barriers
+// Shared memory: stages | values [2 wg][ROOM][128] | places, same shape | counts [2][128] | columns | barriers
 constexpr int OFF_VALUES = STAGES * STAGE_BYTES;
-constexpr int OFF_PLACES = OFF_VALUES + 4 * SLOTS * 128 * 4;
-constexpr int OFF_COUNTS = OFF_PLACES + 4 * SLOTS * 128;
-constexpr int OFF_COLUMNS = OFF_COUNTS + 4 * 128;
+constexpr int OFF_PLACES = OFF_VALUES + 2 * ROOM * 128 * 4;
+constexpr int OFF_COUNTS = OFF_PLACES + 2 * ROOM * 128;
+constexpr int OFF_COLUMNS = OFF_COUNTS + 2 * 128;
 constexpr int OFF_BARRIERS = OFF_COLUMNS + 2 * BN * 8;
 constexpr int SMEM_BYTES = OFF_BARRIERS + 2 * STAGES * 8 + 1024;
 static_assert(SMEM_BYTES <= 227 * 1024, "shared memory");
 static_assert(OFF_COLUMNS % 16 == 0 && OFF_BARRIERS % 8 == 0, "alignment");
 
-// Named barriers (0 is __syncthreads): a buffer is full, a buffer is empty, a consumer warpgroup among itself.
-__device__ __forceinline__ int full_id(int wg, int buffer) { return 1 + wg * 2 + buffer; }
-__device__ __forceinline__ int empty_id(int wg, int buffer) { return 5 + wg * 2 + buffer; }
-__device__ __forceinline__ int group_id(int wg) { return 9 + wg; }
+// Named barriers (0 is __syncthreads): a list is full, a list is empty, a consumer warpgroup among itself.
+__device__ __forceinline__ int full_id(int wg) { return 1 + wg; }
+__device__ __forceinline__ int empty_id(int wg) { return 3 + wg; }
+__device__ __forceinline__ int group_id(int wg) { return 5 + wg; }
 __device__ __forceinline__ void bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 __device__ __forceinline__ void bar_arrive(int id, int n) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
@@ -73,6 +74,21 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* ma
 // Shared-memory matrix descriptor: K-major, 128-byte swizzle, 8 rows of 128 bytes per core matrix.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// Keep v if it passes: predicated stores, no branch. A thread's slots are 512 and 128 bytes apart.
+template <bool HAS_THRESHOLD>
+__device__ __forceinline__ void push(uint32_t& value_at, uint32_t& place_at, float v, int place, float low, float own) {
+  if constexpr (HAS_THRESHOLD)
+    asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %2, %4;\nsetp.gt.and.f32 p, %2, %5, p;\n"
+                 "@p st.shared.f32 [%0], %2;\n@p st.shared.u8 [%1], %3;\n"
+                 "@p add.u32 %0, %0, 512;\n@p add.u32 %1, %1, 128;\n}\n"
+                 : "+r"(value_at), "+r"(place_at) : "f"(v), "r"(place), "f"(low), "f"(own) : "memory");
+  else
+    asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %2, %4;\n"
+                 "@p st.shared.f32 [%0], %2;\n@p st.shared.u8 [%1], %3;\n"
+                 "@p add.u32 %0, %0, 512;\n@p add.u32 %1, %1, 128;\n}\n"
+                 : "+r"(value_at), "+r"(place_at) : "f"(v), "r"(place), "f"(low) : "memory");
 }
 
 struct Tile { int token, feature; };
@@ -119,21 +135,21 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           mbar_expect(full + 8 * stage, STAGE_BYTES);
           const uint32_t to = base + stage * STAGE_BYTES, half = rank * (W_BYTES / CLUSTER);
           tma_load(to, &x_map, full + 8 * stage, k * BK, tile.token);
-          tma_multicast(to + X_BYTES + half, &w_map, full + 8 * stage, k * BK, tile.feature + rank * (BN / CLUSTER));
+          const int feature = tile.feature + rank * (BN / CLUSTER);
+          if (CLUSTER > 1) tma_multicast(to + X_BYTES + half, &w_map, full + 8 * stage, k * BK, feature);
+          else tma_load(to + X_BYTES, &w_map, full + 8 * stage, k * BK, feature);
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }
       }
     } else if (warp == 1 || warp == 2) {  // the flushers, one per consumer warpgroup
       const int wg = warp - 1;
-      int turn = 0;
-      for (int item = cluster; item < items; item += clusters, turn++) {
+      const float* values = (const float*)(smem + OFF_VALUES) + wg * ROOM * 128;
+      const uint8_t* places = smem + OFF_PLACES + wg * ROOM * 128;
+      for (int item = cluster; item < items; item += clusters) {
         const Tile tile = tile_of(item, cluster_rows, columns, rank);
-        const int list = wg * 2 + (turn & 1);
-        const float* values = (const float*)(smem + OFF_VALUES) + list * SLOTS * 128;
-        const uint8_t* places = smem + OFF_PLACES + list * SLOTS * 128;
-        bar_sync(full_id(wg, turn & 1), 160);
+        bar_sync(full_id(wg), 160);
         for (int i = 0; i < 4; i++) {
-          const int t = i * 32 + lane, number = (smem + OFF_COUNTS)[list * 128 + t];
+          const int t = i * 32 + lane, number = (smem + OFF_COUNTS)[wg * 128 + t];
           const int token = tile.token + wg * 64 + i * 16 + (lane >> 2);
           for (int s = 0; s < min(number, SLOTS); s++) {
             const int place = places[s * 128 + t], row = token + (place & 2) * 4;
@@ -147,7 +163,7 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
             for (int row = token; row <= token + 8; row += 8)
               if (row < T) atomicAdd(count + row, OVERFLOW_MARK);
         }
-        bar_arrive(empty_id(wg, turn & 1), 160);
+        bar_arrive(empty_id(wg), 160);
       }
     }
   } else {
@@ -191,44 +207,34 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       if (t < CLUSTER) mbar_arrive_cluster(empty + 8 * previous, t);
 
       *(float4*)(staged + 2 * t) = make_float4(column[0].x, column[0].y, column[1].x, column[1].y);
-      if (turn >= 2) bar_sync(empty_id(wg, turn & 1), 160);
+      if (turn > 0) bar_sync(empty_id(wg), 160);
       bar_sync(group_id(wg), 128);
-      const int list = wg * 2 + (turn & 1);
-      float* values = (float*)(smem + OFF_VALUES) + list * SLOTS * 128 + t;
-      uint8_t* places = smem + OFF_PLACES + list * SLOTS * 128 + t;
-      int number = 0;
+      const uint32_t first_value = base + OFF_VALUES + wg * ROOM * 512 + t * 4;
+      const uint32_t first_place = base + OFF_PLACES + wg * ROOM * 128 + t;
+      uint32_t value_at = first_value, place_at = first_place;
+      float4 ahead = *(const float4*)(staged + quad * 2);  // bias, threshold of two columns
 #pragma unroll
-      for (int j = 0; j < 32; j += 2) {
-        float v[8];
-        bool hit[8], any = false;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          const int half = i >> 2;
-          if ((i & 3) == 0) {
-            const float4 two = *(const float4*)(staged + (j + half) * 8 + quad * 2);
-            v[i] = acc[(j + half) * 4] + two.x, v[i + 1] = acc[(j + half) * 4 + 1] + two.z;
-            v[i + 2] = acc[(j + half) * 4 + 2] + two.x, v[i + 3] = acc[(j + half) * 4 + 3] + two.z;
-            hit[i] = v[i] > floor_[0] && (!HAS_THRESHOLD || v[i] > two.y);
-            hit[i + 1] = v[i + 1] > floor_[0] && (!HAS_THRESHOLD || v[i + 1] > two.w);
-            hit[i + 2] = v[i + 2] > floor_[1] && (!HAS_THRESHOLD || v[i + 2] > two.y);
-            hit[i + 3] = v[i + 3] > floor_[1] && (!HAS_THRESHOLD || v[i + 3] > two.w);
-          }
-          any |= hit[i];
-        }
+      for (int j = 0; j < 32; j++) {
+        const float4 two = ahead;
+        if (j < 31) ahead = *(const float4*)(staged + (j + 1) * 8 + quad * 2);
+        const float v0 = acc[j * 4] + two.x, v1 = acc[j * 4 + 1] + two.z;
+        const float v2 = acc[j * 4 + 2] + two.x, v3 = acc[j * 4 + 3] + two.z;
+        bool any = v0 > floor_[0] || v1 > floor_[0] || v2 > floor_[1] || v3 > floor_[1];
+        if (HAS_THRESHOLD) any = any && (v0 > two.y || v1 > two.w || v2 > two.y || v3 > two.w);
         if (any) {
-#pragma unroll
-          for (int i = 0; i < 8; i++)
-            if (hit[i]) {
-              if (number < SLOTS) values[number * 128] = v[i], places[number * 128] = j * 4 + i;
-              number++;
-            }
+          push<HAS_THRESHOLD>(value_at, place_at, v0, j * 4, floor_[0], two.y);
+          push<HAS_THRESHOLD>(value_at, place_at, v1, j * 4 + 1, floor_[0], two.w);
+          push<HAS_THRESHOLD>(value_at, place_at, v2, j * 4 + 2, floor_[1], two.y);
+          push<HAS_THRESHOLD>(value_at, place_at, v3, j * 4 + 3, floor_[1], two.w);
+          value_at = min(value_at, first_value + (SLOTS + 1) * 512);
+          place_at = min(place_at, first_place + (SLOTS + 1) * 128);
         }
       }
-      (smem + OFF_COUNTS)[list * 128 + t] = number;
+      (smem + OFF_COUNTS)[wg * 128 + t] = (value_at - first_value) / 512;
       __threadfence_block();
-      bar_arrive(full_id(wg, turn & 1), 160);
+      bar_arrive(full_id(wg), 160);
     }
-    for (int b = max(0, turn - 2); b < turn; b++) bar_sync(empty_id(wg, b & 1), 160);
+    if (turn > 0) bar_sync(empty_id(wg), 160);
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");

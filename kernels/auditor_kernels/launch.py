@@ -53,8 +53,12 @@ class Launcher:
         self.tiles = tiles or choose_tiles(x_ND)
         self.cap = cap
         self.val_NK = x_ND.new_empty(x_ND.shape[0], k, dtype=torch.float32)
-        self.listed: list[Tensor] = []
+        self.listed: Tensor | None = None
         self.idx_NK = x_ND.new_empty(x_ND.shape[0], k, dtype=torch.int32)
+
+    def num_recomputed(self) -> int:
+        """Tokens that did not certify and were recomputed (asks the device, hence waits for it)."""
+        return 0 if self.listed is None else int(self.listed)
 
     def gemm(
         self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor, keys: Tensor | None
@@ -115,17 +119,17 @@ class Launcher:
             num_warps=1 if width <= 512 else 4,
         )
 
-    def finish(self, part: slice, floor: Tensor, count: Tensor, listed: Tensor, cand: Tensor) -> None:
-        """Certify and rank a chunk, and recompute what does not certify, reusing the candidates' memory."""
-        x_td = self.x_ND[part]
-        rank_candidates[(x_td.shape[0],)](
-            x_td,
+    def rank(self, part: slice, floor: Tensor, count: Tensor, cand: Tensor, listed: Tensor) -> None:
+        """Certify and rank a chunk; what does not certify goes on the list."""
+        rank_candidates[(count.shape[0],)](
+            self.x_ND,
             floor,
             count,
             cand,
-            self.val_NK[part],
-            self.idx_NK[part],
+            self.val_NK,
+            self.idx_NK,
             listed,
+            part.start,
             self.width,
             self.k,
             self.kept,
@@ -134,16 +138,15 @@ class Launcher:
             max(self.cap - 1, 127).bit_length(),
             num_warps=1,
         )
-        self.recompute(part, listed, cand)
 
-    def recompute(self, part: slice, listed: Tensor, space: Tensor) -> None:
-        """Recompute the listed tokens of a chunk, with `space` (int64) for their partial lists."""
-        prepared, programs = self.prepared, self.tiles.programs
-        self.listed.append(listed[:1])
+    def recompute(self, listed: Tensor, space: Tensor) -> None:
+        """Recompute the listed tokens, with `space` (int64) for their partial lists."""
+        prepared, programs = self.prepared, 2 * self.tiles.programs
+        self.listed = listed[:1]
         is_fp32 = self.x_ND.dtype == torch.float32
         recompute_slices[(programs,)](
-            self.x_ND[part],
-            prepared.w_FD,
+            self.x_ND,
+            TensorDescriptor.from_tensor(prepared.w_FD, [128, 32 if is_fp32 else 64]),
             prepared.bias_F,
             prepared.threshold_F,
             listed,
@@ -158,12 +161,13 @@ class Launcher:
             32 if is_fp32 else 64,
             programs,
             num_warps=8,
+            num_stages=4,
         )
         rank_slices[(programs,)](
             listed,
             space,
-            self.val_NK[part],
-            self.idx_NK[part],
+            self.val_NK,
+            self.idx_NK,
             self.d_sae,
             self.k,
             self.kept,

@@ -17,7 +17,15 @@ import triton.language as tl
 from auditor_kernels.keys import INF_KEY, LIST, LOG_LIST, merge_keys, pack_key, sort_keys, write_row
 
 
-@triton.jit(do_not_specialize=["D", "k", "kept", "CAP", "overflow_bound"])
+@triton.jit
+def _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG: tl.constexpr):
+    """Sort one token's candidates, at most 2^LOG, and write its row."""
+    slot = tl.arange(0, 1 << LOG)
+    keys = tl.load(list_ptr + slot, mask=slot < count, other=0)
+    write_row(sort_keys(keys, 0, 0, LOG), out_val_ptr, out_idx_ptr, token, k, kept, 1 << LOG)
+
+
+@triton.jit(do_not_specialize=["first", "k", "kept", "CAP", "overflow_bound"])
 def rank_candidates(
     x_ptr,
     floor_ptr,
@@ -26,6 +34,7 @@ def rank_candidates(
     out_val_ptr,
     out_idx_ptr,
     listed_ptr,
+    first,
     D,
     k,
     kept,
@@ -33,7 +42,7 @@ def rank_candidates(
     overflow_bound,
     LOG_WIDE: tl.constexpr,
 ):
-    """Certify and rank one token per program.
+    """Certify and rank one token per program; row 0 of this chunk is token `first` of the call.
 
     Every feature whose score exceeds the token's floor was appended and counted. So if the count fits the
     list and is at least `kept`, or the floor was 0, the list holds the answer, whatever the floor was worth.
@@ -42,42 +51,38 @@ def rank_candidates(
     [1 + T]: length, then tokens).
     """
     row = tl.program_id(0)
+    token = first + row
     count = tl.load(count_ptr + row)
     certified = (count <= CAP) & ((count >= kept) | (tl.load(floor_ptr + row) <= 0))
     size = tl.zeros((512,), dtype=tl.float32)
     for d0 in range(0, D, 512):
         d = d0 + tl.arange(0, 512)
-        size += tl.abs(tl.load(x_ptr + row.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32))
+        size += tl.abs(tl.load(x_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32))
     certified = certified & (tl.sum(size, axis=0) < overflow_bound)
+    list_ptr = cand_ptr + row.to(tl.int64) * CAP
     if certified:
-        if count <= LIST:
-            slot = tl.arange(0, LIST)
-            keys = tl.load(cand_ptr + row.to(tl.int64) * CAP + slot, mask=slot < count, other=0)
-            write_row(sort_keys(keys, 0, 0, LOG_LIST), out_val_ptr, out_idx_ptr, row, k, kept, LIST)
+        if (count <= 64) & (k <= 64):
+            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, 6)
+        elif count <= LIST:
+            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG_LIST)
         else:
-            wide_slot = tl.arange(0, 1 << LOG_WIDE)
-            wide_keys = tl.load(
-                cand_ptr + row.to(tl.int64) * CAP + wide_slot, mask=wide_slot < count, other=0
-            )
-            write_row(
-                sort_keys(wide_keys, 0, 0, LOG_WIDE), out_val_ptr, out_idx_ptr, row, k, kept, 1 << LOG_WIDE
-            )
+            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG_WIDE)
     else:
         at = tl.atomic_add(listed_ptr, 1)
-        tl.store(listed_ptr + 1 + at, row)
+        tl.store(listed_ptr + 1 + at, token)
 
 
 @triton.jit
 def _slices(length, k, space, F):
-    """Slices of features per listed token: as many as the space for their lists allows, at most 32."""
+    """Slices of features per listed token: as many as the space for their lists allows, at most 64."""
     wanted = space // (tl.maximum(length, 1).to(tl.int64) * k)
-    return tl.maximum(tl.minimum(tl.minimum(wanted, 32), tl.cdiv(F, LIST)), 1).to(tl.int32)
+    return tl.maximum(tl.minimum(tl.minimum(wanted, 64), tl.cdiv(F, LIST)), 1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["F", "D", "k", "space"])
+@triton.jit(do_not_specialize=["F", "k", "space"])
 def recompute_slices(
     x_ptr,
-    w_ptr,
+    w_desc,
     bias_ptr,
     threshold_ptr,
     listed_ptr,
@@ -95,7 +100,8 @@ def recompute_slices(
     """Exact top k of each slice of features, for every listed token.
 
     Holds for any data: a block of LIST features is merged into a sorted list unless nothing in it can
-    enter. Writes `part_ptr` int64 [length, slices, k]; `space` is what it can hold, at least one slice per token.
+    enter. Writes `part_ptr` int64 [length, slices, k]; `space` is how many keys it can hold, at
+    least k per token.
     """
     BR: tl.constexpr = 1 << LOG_BR
     length = tl.load(listed_ptr)
@@ -106,6 +112,7 @@ def recompute_slices(
         number = (item // slices) * BR + tl.arange(0, BR)
         live = number < length
         rows = tl.load(listed_ptr + 1 + number, mask=live, other=0).to(tl.int64)
+        slot = tl.arange(0, LIST)
         best = tl.zeros((BR, LIST), dtype=tl.int64)
         for block in range(part * blocks, (part + 1) * blocks):
             cols = block * LIST + tl.arange(0, LIST)
@@ -113,12 +120,10 @@ def recompute_slices(
             acc = tl.zeros((BR, LIST), dtype=tl.float32)
             for k0 in range(0, D, BK):
                 d = k0 + tl.arange(0, BK)
-                in_d = d < D
                 x_at = x_ptr + rows[:, None] * D + d[None, :]
-                x_rk = tl.load(x_at, mask=live[:, None] & in_d[None, :], other=0.0)
-                w_at = w_ptr + cols[None, :].to(tl.int64) * D + d[:, None]
-                w_kn = tl.load(w_at, mask=in_range[None, :] & in_d[:, None], other=0.0)
-                acc = tl.dot(x_rk, w_kn, acc, input_precision=PRECISION)
+                x_rk = tl.load(x_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+                w_nk = w_desc.load([block * LIST, k0])
+                acc = tl.dot(x_rk, w_nk.T, acc, input_precision=PRECISION)
             acc += tl.load(bias_ptr + cols, mask=in_range, other=0.0)[None, :]
             threshold = tl.load(threshold_ptr + cols, mask=in_range, other=0.0)
             score = tl.abs(acc) if TWO_SIDED else acc
@@ -126,10 +131,9 @@ def recompute_slices(
             key = tl.where(bits > 0, pack_key(bits, cols[None, :], (acc < 0).to(tl.int32)), 0)
             key = tl.where(tl.abs(acc) < float("inf"), key, INF_KEY)
             key = tl.where(live[:, None] & in_range[None, :], key, 0)
-            worst = tl.min(best, axis=1)
+            worst = tl.max(tl.where(slot[None, :] >= k - 1, best, 0), axis=1)
             if tl.max((key > worst[:, None]).to(tl.int32)) > 0:
                 best = merge_keys(best, sort_keys(key, 1, LOG_BR, LOG_LIST), LOG_BR, LOG_LIST)
-        slot = tl.arange(0, LIST)
         at = (number * slices + part) * k.to(tl.int64)
         tl.store(part_ptr + at[:, None] + slot[None, :], best, mask=live[:, None] & (slot[None, :] < k))
 
