@@ -13,7 +13,7 @@ import torch
 from auditor_kernels import encode_topk, fvu_parts
 from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.pooler.tokwise.methods import AllPool
 from vllm.model_executor.layers.pooler.tokwise.poolers import TokenPooler
 from vllm.model_executor.model_loader import register_model_loader
@@ -51,6 +51,21 @@ class ResidualStream(nn.Module):
     def forward(self, hidden_ND: Tensor, residual_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual stream, in the place and form of the norm's result."""
         return hidden_ND + residual_ND, residual_ND
+
+
+class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A matrix product that reads the parameter itself.
+
+    On a CPU vLLM would repack the weight and drop the readable copy, each version in its own way; a swap is
+    proven on the parameter that the product reads, so that parameter has to stay.
+    """
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Leave the parameter as it was loaded."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x W^T + bias`."""
+        return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
 
 
 class FeaturePool(AllPool):  # type: ignore[misc]
@@ -120,9 +135,7 @@ def register_residual_model(architecture: str) -> str:
                 del self.lm_head
             for module in self.modules():
                 if isinstance(module, LinearBase):
-                    # On a CPU vLLM would repack the weight and drop the readable copy; a swap is proven
-                    # on the parameter that the matmul reads, so that parameter has to stay.
-                    module._cpu_skip_gemm_dispatch = True
+                    module.quant_method = PlainLinear()
             parameter = next(self.model.layers.parameters())
             pool = FeaturePool(inputs.sae, inputs.k, parameter.dtype, parameter.device)
             self.pooler = TokenPooler(pooling=pool, head=None)
