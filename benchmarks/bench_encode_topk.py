@@ -1,7 +1,7 @@
-"""Time every implementation of `encode_topk` against the matrix product alone, after checking each against float64.
+"""Time every implementation of `encode_topk` against the product alone, each checked in float64 first.
 
-Usage: `python benchmarks/bench_encode_topk.py [--out DIR] [--shapes N] [--rows ROWS]`, with `kernels/` on PYTHONPATH.
-On a CUDA device it runs the nine shapes of `SHAPES` with k 32 and 64; on a CPU the one shape of `CPU_SHAPE`.
+With `kernels/` on PYTHONPATH: `python benchmarks/bench_encode_topk.py [--baselines] [--many-rows N]`. On a
+CUDA device it runs the nine shapes of `SHAPES` with k 32 and 64; on a CPU the one shape of `CPU_SHAPE`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from auditor_kernels import EncoderWeights, encode_topk, hopper
 from auditor_kernels.dispatch import Implementation, launch
+from encode_topk_cases import DEVICE_ROWS, check_many_rows, count_misses, make_encoder, perturbed
+from encode_topk_report import cpu_claims, cuda_claims, line, markdown, row_claims
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,64 +37,31 @@ SHAPES = [
     (4096, 65536, 16384),
 ]
 CPU_SHAPE = (576, 9216, 2048)
-DEVICE_ROWS = [Implementation.HOPPER, Implementation.FILTER, Implementation.GROUPS]
-# A finetune's residuals differ from the base's by noise of this relative size.
-FINETUNE_NOISE = 0.1
 
 
-def make_encoder(d_in: int, d_sae: int, device: str, dtype: torch.dtype) -> EncoderWeights:
-    """Unit-norm Gaussian features: the hardest case for a filter, without a gap at the k-th value."""
-    w_fd = torch.empty(d_sae, d_in, dtype=dtype, device=device)
-    for block in w_fd.split(8192):
-        rows = torch.randn(block.shape, device=device)
-        block.copy_(rows / rows.norm(dim=1, keepdim=True))
-    zeros = torch.zeros(d_sae, device=device)
-    bias = torch.randn(d_sae, device=device) * 0.02
-    return EncoderWeights(w_fd.t(), bias, zeros, torch.zeros(d_in, device=device), None, None)
+def interleaved_ms(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each call, all taken in turn, in an order that turns, so that heat is shared.
 
-
-def perturbed(x_nd: Tensor) -> Tensor:
-    scale = FINETUNE_NOISE * x_nd.float().square().mean(1, keepdim=True).sqrt()
-    return (x_nd + scale * torch.randn_like(x_nd, dtype=torch.float32)).to(x_nd.dtype)
-
-
-def oracle(x_nd: Tensor, encoder: EncoderWeights, k: int) -> tuple[Tensor, Tensor]:
-    """Float64 values and indices of the top k."""
-    pre = x_nd.double() @ encoder.W_enc_DF.double() + encoder.b_enc_F.double()
-    top = pre.topk(k, dim=1)
-    return top.values, top.indices
-
-
-def count_misses(x_nd: Tensor, encoder: EncoderWeights, top_idx: Tensor, k: int) -> dict[str, int]:
-    """Rows whose set differs from float64's, and those among them that float32 rounding does not explain."""
-    values, indices = oracle(x_nd, encoder, k)
-    mine = top_idx.long()
-    same = (mine.sort(1).values == indices.sort(1).values).all(1)
-    wrong = 0
-    for row in (~same).nonzero().flatten().tolist():
-        w_kd = encoder.W_enc_DF.t()[mine[row].clamp(min=0)].double()
-        score = w_kd @ x_nd[row].double() + encoder.b_enc_F[mine[row].clamp(min=0)].double()
-        # 2^-16 relative is what the keys of the group designs resolve; float32 sums err by less.
-        tolerance = 2.0**-16 * float(values[row, 0])
-        distinct = mine[row].unique().numel() == k and bool((mine[row] >= 0).all())
-        wrong += not (distinct and bool((score >= values[row, -1] - tolerance).all()))
-    return {"rows": x_nd.shape[0], "sets_differ": int((~same).sum()), "misses": wrong}
-
-
-def median_ms(call: Callable[[int], object], device: str, budget_ms: float) -> float:
-    """Median time of one call, inputs rotated by its argument."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        turn = iter(range(10**9))
-        return float(do_bench(lambda: call(next(turn)), warmup=20, rep=budget_ms, return_mode="median"))
-    call(0)
-    times = []
-    for turn in range(9):
-        start = time.perf_counter()
-        call(turn)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    A call gets its round's number, to rotate its inputs. Two runs back to back make one measurement.
+    """
+    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    for turn in range(rounds):
+        names = list(calls)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            call = calls[name]
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            call(turn)
+            call(turn + 1)
+            events[1].record()
+            times[name].append(events)
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(first.elapsed_time(last) / 2 for first, last in pairs)
+        for name, pairs in times.items()
+    }
 
 
 def device_state() -> str:
@@ -113,7 +82,7 @@ def extra_memory(call: Callable[[int], object]) -> int:
 
 
 def bench_cuda_shape(
-    d_in: int, d_sae: int, tokens: int, k: int, budget_ms: float, baselines: bool
+    d_in: int, d_sae: int, tokens: int, k: int, rounds: int, baselines: bool
 ) -> dict[str, object]:
     """All rows of one shape; correctness of each of ours on 512 rows first."""
     encoder = make_encoder(d_in, d_sae, "cuda", torch.bfloat16)
@@ -136,27 +105,29 @@ def bench_cuda_shape(
         rows[which] = {**check, "recomputed": launcher.num_recomputed()}
         calls[which] = functools.partial(_ours, which, tuned, hints, encoder, k)
     gemm = functools.partial(_gemm, tuned, w_fd, bias)
+    calls["cublas-gemm"] = gemm
+    slow: dict[str, Callable[[int], object]] = {}
     if baselines:
-        calls["torch-eager"] = lambda i: torch.topk(gemm(i), k, dim=-1)
+        slow["torch-eager"] = lambda i: torch.topk(gemm(i), k, dim=-1)
         if k == 32 and d_in == 896:
             compiled = torch.compile(
                 lambda x: torch.topk(functional.relu(functional.linear(x, w_fd, bias)), k, dim=-1)
             )
-            calls["torch-compile"] = lambda i: compiled(tuned[i % 3])
+            slow["torch-compile"] = lambda i: compiled(tuned[i % 3])
         if tokens * d_sae <= 1 << 30 and k == 32:
             w32_df, x32 = encoder.W_enc_DF.float(), [x.float() for x in tuned]
-            calls["sae-lens-fp32"] = lambda i: _sae_lens(x32[i % 3], w32_df, encoder.b_enc_F, k)
-    first = median_ms(gemm, "cuda", budget_ms)
-    for name, call in calls.items():
-        ms = median_ms(call, "cuda", budget_ms)
-        rows.setdefault(name, {}).update(ms=ms, extra_bytes=extra_memory(call))
-    last = median_ms(gemm, "cuda", budget_ms)
-    gemm_ms = (first + last) / 2
-    rows["cublas-gemm"] = {"ms": gemm_ms, "first_ms": first, "last_ms": last}
-    for row in rows.values():
-        ms = row["ms"]
-        assert isinstance(ms, float)
-        row.update(ratio=ms / gemm_ms, tflops=flops / ms / 1e9)
+            slow["sae-lens-fp32"] = lambda i: _sae_lens(x32[i % 3], w32_df, encoder.b_enc_F, k)
+    extra = {name: extra_memory(call) for name, call in (calls | slow).items()}
+    # Apart, because float32 draws less power: in turn with the rest it would cool the card for whatever follows.
+    ms = interleaved_ms(slow, max(3, rounds // 6)) | interleaved_ms(calls, rounds)
+    for name in ms:
+        rows.setdefault(name, {}).update(
+            ms=ms[name],
+            ratio=ms[name] / ms["cublas-gemm"],
+            tflops=flops / ms[name] / 1e9,
+            extra_bytes=extra[name],
+            extra_share=extra[name] / (2 * tokens * d_sae),
+        )
     return {
         "d_in": d_in,
         "d_sae": d_sae,
@@ -219,32 +190,11 @@ def bench_cpu(k: int) -> dict[str, object]:
     }
 
 
-def check_many_rows(total: int) -> list[dict[str, object]]:
-    """Every device implementation against float64 over `total` rows of fresh data."""
-    tokens, results = 16384, []
-    for d_in, d_sae, k in ((896, 14336, 32), (896, 14336, 64), (2304, 16384, 32)):
-        encoder = make_encoder(d_in, d_sae, "cuda", torch.bfloat16)
-        counts = {which: {"rows": 0, "sets_differ": 0, "misses": 0, "recomputed": 0} for which in DEVICE_ROWS}
-        while counts[DEVICE_ROWS[0]]["rows"] < total / 3:
-            base = torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16)
-            tuned = perturbed(base)
-            hint = launch(Implementation.GROUPS, base, encoder, k, None).val_NK[:, -1].contiguous()
-            for which in DEVICE_ROWS:
-                launcher = launch(which, tuned, encoder, k, hint)
-                counts[which]["recomputed"] += launcher.num_recomputed()
-                for name, number in count_misses(tuned, encoder, launcher.idx_NK, k).items():
-                    counts[which][name] += number
-        results += [
-            {"d_in": d_in, "d_sae": d_sae, "k": k, "which": which, **c} for which, c in counts.items()
-        ]
-    return results
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
-    parser.add_argument("--budget-ms", type=float, default=150.0, help="device time per measurement")
+    parser.add_argument("--rounds", type=int, default=30, help="interleaved measurements per shape")
     parser.add_argument("--many-rows", type=int, default=0, help="rows of the float64 check, 0 for none")
     parser.add_argument(
         "--baselines", action="store_true", help="also time eager, compiled and sae-lens-style"
@@ -256,7 +206,7 @@ def main() -> None:
         results = []
         for shape in SHAPES[: options.shapes]:
             for k in (32, 64):
-                results.append(bench_cuda_shape(*shape, k, options.budget_ms, options.baselines))
+                results.append(bench_cuda_shape(*shape, k, options.rounds, options.baselines))
                 print(line(results[-1]), flush=True)
                 torch.cuda.empty_cache()
         many = check_many_rows(options.many_rows) if options.many_rows else []
@@ -270,21 +220,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"encode_topk_{hardware.replace(' ', '_')}_{now:%Y-%m-%d}"
     path = options.out / f"{name}.json"
-    path.write_text(json.dumps({**report, "results": results, "many_rows": many}, indent=1))
+    claims = [*cuda_claims(results), *row_claims(many)] if torch.cuda.is_available() else cpu_claims(results)
+    for claim in claims:
+        claim["device"] = hardware
+    path.write_text(json.dumps({**report, "claims": claims, "results": results, "many_rows": many}, indent=1))
+    path.with_suffix(".md").write_text(markdown(report, claims, results))
     print(path)
-
-
-def line(result: dict[str, object]) -> str:
-    """One shape on one line of the console."""
-    rows = result["rows"]
-    assert isinstance(rows, dict)
-    cells = []
-    for name, row in rows.items():
-        extra = f" rec {row['recomputed']}" if "recomputed" in row else ""
-        extra += f" mem {row['extra_bytes'] / 1e6:.0f}MB" if "extra_bytes" in row else ""
-        extra += f" diff {row['sets_differ']}" if row.get("sets_differ") else ""
-        cells.append(f"{name} {row['ms']:.3f} ({row['ratio']:.3f}{extra})")
-    return f"{result['d_in']}x{result['d_sae']} T {result['tokens']} k {result['k']}: " + "; ".join(cells)
 
 
 if __name__ == "__main__":

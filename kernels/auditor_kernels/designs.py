@@ -19,7 +19,7 @@ MEMORY_SHARE = 0.05
 # A workspace this small is never worth a second chunk, whatever the share.
 FLOOR_BYTES = 64 << 20
 # Tokens recomputed more often than this are not worth a faster first pass.
-EXPECTED_RECOMPUTED = 0.006
+EXPECTED_RECOMPUTED = 1e-4
 MAX_PER_GROUP = 8
 ROW_SLICES = 64
 

@@ -66,7 +66,7 @@ def _encode_chunk(
     """Values and indices [C, K] of one chunk of tokens; rows that are not finite are all NaN and -1."""
     rows, d_sae = x_CD.shape[0], w_enc_DF.shape[1]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    finite_C = x_CD.isfinite().all(1)
+    finite_C = _rows_finite(x_CD)
     for first in range(0, d_sae, block):
         last = min(first + block, d_sae)
         pre_CF = pre_buffer[: rows * (last - first)].view(rows, last - first)

@@ -117,13 +117,15 @@ def recompute_slices(
         for block in range(part * blocks, (part + 1) * blocks):
             cols = block * LIST + tl.arange(0, LIST)
             in_range = cols < F
-            acc = tl.zeros((BR, LIST), dtype=tl.float32)
+            # Features along the tensor core's tall side, the few tokens along its narrow one.
+            acc_nr = tl.zeros((LIST, BR), dtype=tl.float32)
             for k0 in range(0, D, BK):
                 d = k0 + tl.arange(0, BK)
                 x_at = x_ptr + rows[:, None] * D + d[None, :]
                 x_rk = tl.load(x_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
                 w_nk = w_desc.load([block * LIST, k0])
-                acc = tl.dot(x_rk, w_nk.T, acc, input_precision=PRECISION)
+                acc_nr = tl.dot(w_nk, tl.trans(x_rk), acc_nr, input_precision=PRECISION)
+            acc = tl.trans(acc_nr)
             acc += tl.load(bias_ptr + cols, mask=in_range, other=0.0)[None, :]
             threshold = tl.load(threshold_ptr + cols, mask=in_range, other=0.0)
             score = tl.abs(acc) if TWO_SIDED else acc

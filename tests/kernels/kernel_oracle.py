@@ -39,7 +39,9 @@ def pre_activations(resid_nd: Tensor, encoder: EncoderWeights) -> Tensor:
     return resid_nd.double() @ encoder.W_enc_DF.double() + encoder.b_enc_F.double()
 
 
-def assert_exact(resid_nd: Tensor, encoder: EncoderWeights, k: int, top: TopK, *, rtol: float = 2e-6, bits: int = 24) -> None:
+def assert_exact(
+    resid_nd: Tensor, encoder: EncoderWeights, k: int, top: TopK, *, rtol: float = 2e-6, bits: int = 24
+) -> None:
     """Every property `TopK` promises, against float64.
 
     The tolerance is that of float32 accumulation, relative to |x| |w|: a feature may be missing only if it
@@ -54,7 +56,9 @@ def assert_exact(resid_nd: Tensor, encoder: EncoderWeights, k: int, top: TopK, *
     assert acts[~finite].isnan().all()
     assert (idx[~finite] == -1).all()
     acts, idx, pre, x = acts[finite], idx[finite], pre[finite], resid_nd[finite].double()
-    tol = rtol * (1 + x.norm(dim=1, keepdim=True) * encoder.W_enc_DF.double().norm(dim=0).max()) + 2.0**-bits * pre.abs().amax(1, True)
+    tol = rtol * (
+        1 + x.norm(dim=1, keepdim=True) * encoder.W_enc_DF.double().norm(dim=0).max()
+    ) + 2.0**-bits * pre.abs().amax(1, True)
     rank = pre.abs() if encoder.two_sided else pre
     score = torch.where(rank > encoder.threshold_F, rank, 0.0)
     size = acts.abs() if encoder.two_sided else acts

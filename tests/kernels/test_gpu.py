@@ -20,7 +20,11 @@ def kth_value(resid: torch.Tensor, encoder: EncoderWeights, k: int) -> torch.Ten
 
 
 def run(
-    which: Implementation, resid: torch.Tensor, encoder: EncoderWeights, k: int, hint: torch.Tensor | None = None
+    which: Implementation,
+    resid: torch.Tensor,
+    encoder: EncoderWeights,
+    k: int,
+    hint: torch.Tensor | None = None,
 ) -> tuple[TopK, int]:
     """Run with outputs' memory poisoned first, so that a row nobody wrote cannot look right."""
     if which is Implementation.HOPPER and hopper.load()[0] is None:
@@ -33,22 +37,24 @@ def run(
 
 
 @pytest.mark.parametrize("which", ALL)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("n", "d", "f", "k", "threshold", "max_active", "two_sided"),
+    ("dtype", "n", "d", "f", "k", "threshold", "max_active", "two_sided"),
     [
-        (300, 256, 8192, 32, 0.0, None, False),
-        (1, 64, 5000, 8, 0.0, None, False),
-        (257, 904, 9001, 17, 0.3, None, False),
-        (130, 33, 4100, 64, 0.0, 20, False),
-        (200, 576, 9216, 32, 1.5, None, False),
-        (129, 128, 6000, 24, 0.2, None, True),
-        (70, 100, 300, 128, 0.0, None, False),
+        (torch.bfloat16, 300, 256, 8192, 32, 0.0, None, False),
+        (torch.bfloat16, 1, 64, 5000, 8, 0.0, None, False),
+        (torch.float16, 257, 904, 9001, 17, 0.3, None, False),
+        (torch.bfloat16, 130, 33, 4100, 64, 0.0, 20, False),
+        (torch.bfloat16, 200, 576, 9216, 32, 1.5, None, False),
+        (torch.bfloat16, 129, 128, 6000, 24, 0.2, None, True),
+        (torch.float32, 257, 904, 9001, 17, 0.3, None, False),
+        (torch.float16, 70, 100, 300, 128, 0.0, None, False),
     ],
 )
 def test_every_implementation(which, dtype, n, d, f, k, threshold, max_active, two_sided):
     if which is Implementation.HOPPER and (dtype == torch.float32 or two_sided):
-        pytest.skip("the Hopper filter takes 16-bit types and one-sided encoders; dispatch sends the rest to Triton")
+        pytest.skip(
+            "the Hopper filter takes 16-bit types and one-sided encoders; dispatch sends the rest to Triton"
+        )
     encoder = make_encoder(
         d, f, threshold=threshold, max_active=max_active, two_sided=two_sided, dtype=dtype, device=DEVICE
     )
