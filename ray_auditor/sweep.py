@@ -150,7 +150,13 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if config.address is not None:
-        ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError) as error:
+            raise ValueError(
+                f"cluster.address must be that of a running Ray cluster, got {config.address!r}: {error}; "
+                "start one with `ray start --head`, or leave it out for a local one"
+            ) from error
     else:
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
         ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
