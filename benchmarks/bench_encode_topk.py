@@ -118,7 +118,7 @@ def bench_cuda_shape(
             w32_df, x32 = encoder.W_enc_DF.float(), [x.float() for x in tuned]
             slow["sae-lens-fp32"] = lambda i: _sae_lens(x32[i % 3], w32_df, encoder.b_enc_F, k)
     extra = {name: extra_memory(call) for name, call in (calls | slow).items()}
-    # Apart, because float32 draws less power: in turn with the rest it would cool the card for whatever follows.
+    # Apart: float32 draws less power, so in turn with the rest it would cool the card for its neighbours.
     ms = interleaved_ms(slow, max(3, rounds // 6)) | interleaved_ms(calls, rounds)
     for name in ms:
         rows.setdefault(name, {}).update(

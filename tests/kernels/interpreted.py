@@ -1,0 +1,115 @@
+"""Cases for Triton's interpreter; a script, because it must be switched on before Triton is imported."""
+
+import sys
+
+import torch
+from auditor_kernels import EncoderWeights, TopK
+from auditor_kernels.designs import (
+    capacity,
+    encode_filter,
+    encode_groups,
+    encode_rows,
+    encode_two_pass,
+)
+from auditor_kernels.launch import Launcher
+from auditor_kernels.prepared import prepare
+from kernel_oracle import assert_exact, make_encoder, pre_activations
+
+
+def run(design, resid, encoder, k, *, hint=None, cap=None):
+    """One design on poisoned outputs; returns the result and how many tokens were recomputed."""
+    prepared = prepare(encoder, resid.dtype)
+    kept = min(k, encoder.max_active or k)
+    launcher = Launcher(
+        prepared, prepared.match(resid), k, kept, cap or capacity(kept, encoder.b_enc_F.shape[0])
+    )
+    launcher.val_NK.fill_(7.0)
+    launcher.idx_NK.fill_(7)
+    if design is encode_filter:
+        encode_filter(launcher, hint)
+    else:
+        design(launcher)
+    return TopK(launcher.val_NK, launcher.idx_NK), launcher.num_recomputed()
+
+
+def kth_value(resid, encoder, k):
+    pre = pre_activations(resid, encoder)
+    rank = pre.abs() if encoder.two_sided else pre
+    kept = min(k, encoder.max_active or k)
+    return torch.where(rank > encoder.threshold_F, rank, 0.0).topk(kept, dim=1).values[:, -1].float()
+
+
+def check_designs(dtype, **encoder_options):
+    """Sizes that are multiples of nothing, and rows that are zero, huge, NaN and infinite."""
+    encoder = make_encoder(33, 777, dtype=dtype, **encoder_options)
+    resid = torch.randn(18, 33).to(dtype)
+    resid[1] = 0
+    resid[3, 2] = torch.nan
+    resid[5, 1] = -torch.inf
+    resid[7, 0] = 1e3
+    for design in (encode_rows, encode_filter, encode_groups, encode_two_pass):
+        top, _ = run(design, resid, encoder, 9, hint=kth_value(resid.nan_to_num(), encoder, 9))
+        assert_exact(resid, encoder, 9, top, bits=16)
+
+
+def case_one_sided():
+    check_designs(torch.float16, max_active=6)
+
+
+def case_thresholds():
+    check_designs(torch.float32, threshold=0.5)
+
+
+def case_two_sided():
+    check_designs(torch.float32, two_sided=True, threshold=0.2)
+
+
+def case_hints():
+    """A good hint certifies; one too high, one that is no number and one that admits too much do not."""
+    encoder = make_encoder(16, 4096)
+    resid = torch.randn(16, 16)
+    good = kth_value(resid, encoder, 8)
+    top, recomputed = run(encode_filter, resid, encoder, 8, hint=good)
+    assert recomputed == 0
+    assert_exact(resid, encoder, 8, top)
+    bad = good.clone()
+    bad[0:2] *= 100
+    bad[2] = torch.nan
+    bad[3] = torch.inf
+    bad[4:6] = 0
+    top, recomputed = run(encode_filter, resid, encoder, 8, hint=bad)
+    assert recomputed == 6
+    assert_exact(resid, encoder, 8, top)
+
+
+def case_overflow_fails_closed():
+    """Winners that crowd one group, or a list too short for them, are recomputed and never returned short."""
+    encoder = make_encoder(16, 1024)
+    bias = encoder.b_enc_F.clone()
+    bias[: 8 * 12] += 50
+    crowded = EncoderWeights(encoder.W_enc_DF, bias, encoder.threshold_F, encoder.b_dec_D, None, None)
+    resid = torch.randn(16, 16)
+    for design in (encode_filter, encode_groups, encode_two_pass):
+        top, recomputed = run(design, resid, crowded, 40, hint=kth_value(resid, crowded, 40))
+        assert recomputed == 16, design
+        assert_exact(resid, crowded, 40, top, bits=16)
+    low = kth_value(resid, encoder, 30)
+    top, recomputed = run(encode_filter, resid, encoder, 5, hint=low, cap=8)
+    assert recomputed == 16
+    assert_exact(resid, encoder, 5, top)
+
+
+def case_ties():
+    """Equal scores everywhere: the certificate fails and the lowest indices win."""
+    ones = torch.ones(700)
+    encoder = EncoderWeights(torch.zeros(16, 700), ones, ones * 0, torch.zeros(16), None, None)
+    for design in (encode_rows, encode_groups):
+        top, recomputed = run(design, torch.randn(16, 16), encoder, 20)
+        assert recomputed == 16
+        assert (top.top_idx_NK == torch.arange(20)).all()
+        assert (top.top_acts_NK == 1).all()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    globals()[f"case_{sys.argv[1]}"]()

@@ -1,0 +1,80 @@
+"""The logic of every Triton design, certificates included, on a CPU through Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from auditor_kernels import describe_dispatch, dispatch, encode_topk, hopper
+from auditor_kernels.designs import capacity, chunk_tokens, per_group
+from auditor_kernels.dispatch import Implementation, choose
+from kernel_oracle import make_encoder
+
+CASES = ["one_sided", "thresholds", "two_sided", "hints", "overflow_fails_closed", "ties"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case):
+    script = Path(__file__).with_name("interpreted.py")
+    paths = os.pathsep.join([str(script.parent), str(script.parents[2] / "kernels")])
+    environment = (
+        os.environ
+        | {"PYTHONPATH": paths}
+        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    )
+    result = subprocess.run(
+        [sys.executable, str(script), case],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_group_size_follows_the_odds():
+    assert per_group(32, 65536) < per_group(32, 16384) < per_group(64, 16384)
+    assert per_group(128, 300) is None
+
+
+def test_workspace_is_bounded():
+    for d_sae, k in ((14336, 32), (65536, 64), (131072, 128)):
+        size = chunk_tokens(16384, 8 * capacity(k, d_sae), d_sae)
+        assert size * 8 * capacity(k, d_sae) <= max(64 << 20, 0.051 * 2 * d_sae * 16384)
+
+
+def test_a_cpu_call_runs_the_reference_and_says_so():
+    lines = describe_dispatch(make_encoder(4, 50), k=3, num_tokens=100, dtype=torch.float32)
+    assert len(lines) == 2
+    assert all("reference (device is cpu)" in line for line in lines)
+
+
+def test_the_override_is_obeyed_and_checked(monkeypatch):
+    encoder = make_encoder(4, 50)
+    monkeypatch.setenv(dispatch.OVERRIDE, "reference")
+    which, why = choose(torch.device("cuda"), torch.bfloat16, 100, encoder, 3, hinted=True)
+    assert which is Implementation.REFERENCE
+    assert dispatch.OVERRIDE in why
+    monkeypatch.setenv(dispatch.OVERRIDE, "fastest")
+    with pytest.raises(ValueError, match="fastest"):
+        encode_topk(torch.zeros(2, 4), encoder, k=3)
+
+
+@pytest.mark.skipif(hopper.find_nvcc() is None, reason="no nvcc")
+def test_the_hopper_filter_compiles_once(tmp_path):
+    nvcc = hopper.find_nvcc()
+    assert nvcc is not None
+    library = hopper.build(nvcc, tmp_path)
+    stamp = library.stat().st_mtime_ns
+    assert hopper.build(nvcc, tmp_path) == library
+    assert library.stat().st_mtime_ns == stamp
+    assert [path.name for path in tmp_path.iterdir()] == [library.name]
+
+
+def test_a_failed_build_leaves_nothing_and_gives_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match="nvcc failed"):
+        hopper.build("/bin/false", tmp_path)
+    assert list(tmp_path.iterdir()) == []
