@@ -94,6 +94,7 @@ class EngineConfig:
     max_step_prompts: int = 64
     kv_cache_bytes: int = 256 << 20
     max_lora_rank: int = 64
+    read_ahead_bytes: int = 1 << 30
     eager: bool = True
 
     def __post_init__(self) -> None:
@@ -110,6 +111,13 @@ class EngineConfig:
             ">= 1 MiB",
             self.kv_cache_bytes,
             "raise it",
+        )
+        _require(
+            "engine.read_ahead_bytes",
+            self.read_ahead_bytes >= 0,
+            ">= 0",
+            self.read_ahead_bytes,
+            "0 reads every candidate in its turn",
         )
         _require(
             "engine.max_lora_rank",

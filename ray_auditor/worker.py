@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from ray_auditor.hub import Admitted, BaseModel
 from ray_auditor.sae import Sae
 from ray_auditor.store import Store, TokenRows, Unit
 from ray_auditor.suites import Suites
+
+if TYPE_CHECKING:
+    from ray_auditor.engine.live import PromptFeatures
 
 SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's median norm is a sink
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -78,8 +83,12 @@ class Worker:
         max_tokens = max(len(prompt.token_ids) for _, _, prompt in self._prompts)
         self._engine = Engine(spec.base, spec.sae, k=spec.k, max_tokens=max_tokens, config=spec.engine)
 
-    def audit(self, assignment: Assignment) -> int:
+    def audit(self, assignment: Assignment, upcoming: Assignment | None = None) -> int:
         """Load, prove, stream, commit.
+
+        Args:
+            assignment: The unit to compute.
+            upcoming: What this worker is likely to be given next; read while this one computes.
 
         Returns:
             Tokens run.
@@ -88,31 +97,34 @@ class Worker:
             CandidateError: The candidate's files are not what was admitted.
             SwapError: The engine does not hold the candidate, or no longer does.
         """
-        started = time.perf_counter()
-        proof = self._engine.load(assignment.candidate)
-        loaded = time.perf_counter()
-        rows = self._encode(reverse=assignment.reverse, is_base=assignment.unit == self._spec.base_unit)
+        loaded = self._engine.load(assignment.candidate)
+        if upcoming is not None:
+            self._engine.read_ahead(upcoming.candidate)
+        begun = time.perf_counter()
+        features = self._encode(reverse=assignment.reverse)
         encoded = time.perf_counter()
+        rows = self._score(features, is_base=assignment.unit == self._spec.base_unit)
+        scored = time.perf_counter()
+        seconds = loaded.seconds | {"encode": encoded - begun, "rows": scored - encoded}
         record = {
             "name": assignment.name,
-            "proof": proof,
+            "proof": loaded.proof,
             "num_tokens_run": self._spec.suites.num_tokens,
-            "load_s": round(loaded - started, 3),
-            "encode_s": round(encoded - loaded, 3),
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
         }
         self._store.commit(assignment.unit, rows, record)
         return self._spec.suites.num_tokens
 
-    def _encode(self, *, reverse: bool, is_base: bool) -> TokenRows:
+    def _encode(self, *, reverse: bool) -> list["PromptFeatures"]:
         order = self._prompts[::-1] if reverse else self._prompts
         features = list(self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order]))
-        if is_base:
-            masks = self._mask_sinks([row.sq_norm_T for row in features])
-        else:
-            masks = self._base_masks()
+        return features[::-1] if reverse else features
+
+    def _score(self, features: Sequence["PromptFeatures"], *, is_base: bool) -> TokenRows:
+        masks = self._mask_sinks([row.sq_norm_T for row in features]) if is_base else self._base_masks
         picked = [
             (suite_id, number, np.flatnonzero(masks[suite_id, number]), row)
-            for (suite_id, number, _), row in zip(order, features, strict=True)
+            for (suite_id, number, _), row in zip(self._prompts, features, strict=True)
         ]
         counts = [len(positions) for _, _, positions, _ in picked]
         return TokenRows.from_unsorted(
@@ -141,14 +153,17 @@ class Worker:
                 masks[suite_id, number] = content & ~(norms > SINK_NORM_RATIO**2 * median)
         return masks
 
+    @cached_property
     def _base_masks(self) -> dict[tuple[int, int], NDArray[np.bool_]]:
         """The positions the base's unit scored: the same for every candidate."""
         rows = self._store.read_rows(self._spec.base_unit.key)
         masks = {}
         for suite_id, number, prompt in self._prompts:
             masks[suite_id, number] = np.zeros(len(prompt.token_ids), dtype=bool)
-        for suite_id, number, position in zip(
-            rows.suite_N.tolist(), rows.prompt_N.tolist(), rows.position_N.tolist(), strict=True
+        owner_N = np.stack([rows.suite_N, rows.prompt_N], axis=1)
+        starts = np.flatnonzero(np.diff(owner_N, axis=0, prepend=-1).any(1))
+        for (suite_id, number), positions in zip(
+            owner_N[starts].tolist(), np.split(rows.position_N, starts[1:]), strict=True
         ):
-            masks[suite_id, number][position] = True
+            masks[suite_id, number][positions] = True
         return masks

@@ -61,13 +61,12 @@ def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, l
     Raises:
         SwapError: A slice of the slot differs, or a module of the adapter has no slot.
     """
-    placed = set()
+    holds: dict[str, Tensor] = {}  # by module; read together at the end, so the host waits once
     for name, layer in model.named_modules():
         if not hasattr(layer, "lora_a_stacked"):
             continue
         if isinstance(layer.lora_a_stacked, Tensor):  # the embedding, which no admitted adapter touches
-            if layer.lora_b_stacked.any():
-                raise SwapError(f"{name}: the adapter slot on the device is not empty")
+            holds[name] = ~layer.lora_b_stacked.any()
             continue
         parent, _, fused = name.rpartition(".")
         parts = packed.get(fused, [fused])
@@ -76,18 +75,19 @@ def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, l
         for part, slot_a, slot_b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
             module = f"{parent}.{part}"
             lora_a, lora_b = tensors.get(module, (slot_a.new_zeros(0, 0), slot_b.new_zeros(0, 0)))
-            if not (_holds(slot_a[0, 0], lora_a) and _holds(slot_b[0, 0], lora_b)):
-                raise SwapError(f"{module}: the adapter slot on the device is not the adapter")
-            placed.add(module)
-    if unplaced := tensors.keys() - placed:
+            holds[module] = _holds(slot_a[0, 0], lora_a) & _holds(slot_b[0, 0], lora_b)
+    if unplaced := tensors.keys() - holds.keys():
         raise SwapError(f"{len(unplaced)} adapter modules have no slot, first {min(unplaced)}")
+    for module, in_place in zip(holds, torch.stack(list(holds.values())).tolist(), strict=True):
+        if not in_place:
+            raise SwapError(f"{module}: the adapter slot on the device is not the adapter")
 
 
-def _holds(slot: Tensor, wanted: Tensor) -> bool:
-    """Whether `slot` is `wanted` in its upper left corner, bit for bit, and zero elsewhere."""
+def _holds(slot: Tensor, wanted: Tensor) -> Tensor:
+    """Whether `slot` is `wanted` in its upper left corner, value for value, and zero elsewhere."""
     expected = torch.zeros_like(slot)
     expected[: wanted.shape[0], : wanted.shape[1]] = wanted.to(slot.device)
-    return torch.equal(slot, expected)
+    return (slot == expected).all()
 
 
 class OneAdapter:

@@ -4,7 +4,8 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -22,8 +23,9 @@ from ray_auditor.engine.adapter import (
     read_adapter,
     write_adapter,
 )
-from ray_auditor.engine.parameters import ParameterMap
-from ray_auditor.hub import Admitted, BaseModel
+from ray_auditor.engine.parameters import ParameterMap, checksums
+from ray_auditor.engine.staging import Staging
+from ray_auditor.hub import Admitted, BaseModel, TensorSpec
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.hub.weights import lies_below_hook
 from ray_auditor.sae import Sae
@@ -41,6 +43,13 @@ class PromptFeatures(NamedTuple):
     fvu_error_T: NDArray[np.float32]
     fvu_total_T: NDArray[np.float32]
     sq_norm_T: NDArray[np.float32]  # squared norm of the residual
+
+
+class Loaded(NamedTuple):
+    """What `Engine.load` did."""
+
+    proof: str  # what holds, for the record
+    seconds: dict[str, float]  # swap (waiting for the reader, copying), prove, adapter
 
 
 class Engine:
@@ -95,6 +104,7 @@ class Engine:
             enable_chunked_prefill=True,
             enable_prefix_caching=False,
             enforce_eager=config.eager,
+            compilation_config={"cudagraph_mode": "NONE"},  # captured sizes are far below a prefill step's
             distributed_executor_backend="uni",
             kv_cache_memory_bytes=config.kv_cache_bytes,
             enable_lora=config.max_lora_rank > 0,
@@ -108,39 +118,54 @@ class Engine:
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
         if next(model.parameters()).device.type == "cpu":
             install_one_adapter(model)
-        self._loaded = base.key
-        self._map.prove(
-            self._map.expect(iter_tensors(base.tensors, self._names))
-        )  # vLLM's own loader wrote it
+        self._staging = Staging(self._map, config.read_ahead_bytes)
+        self._loaded = base.content_sha256
+        # vLLM's own loader wrote the base: where its tensors lie now is where candidates are written.
+        base_tensors = iter_tensors(base.tensors, self._names)
+        self._map.prove({name: checksums([tensor.to(self._map.dtype)])[0] for name, tensor in base_tensors})
 
-    def load(self, candidate: Admitted | None) -> str:
+    def load(self, candidate: Admitted | None) -> Loaded:
         """Make `candidate` (None: the base) what the next `encode` runs.
 
         Full weights are proven here, tensor by tensor; an adapter is proven after each `encode`, in the
-        slot it was applied from.
-
-        Returns:
-            What holds, for the record.
+        slot it was applied from. A candidate whose weights are live already is not read again.
 
         Raises:
             SwapError: The swap could not be proven; the engine must be discarded.
             CandidateError: The candidate's files are not what was admitted.
         """
         self._drop_adapter()
-        full = candidate if candidate is not None and candidate.lora is None else None
-        wanted = full.content_sha256 if full else self._base.key
-        if wanted != self._loaded:
+        key, tensors = self._weights_of(candidate)
+        begun = swapped = time.perf_counter()
+        if key != self._loaded:
             self._loaded = ""
-            tensors = full.tensors if full else self._base.tensors
-            self._map.prove(self._map.write(iter_tensors(tensors, self._names)))
-            self._loaded = wanted
+            expected = self._staging.swap(key, tensors)
+            swapped = time.perf_counter()
+            self._map.prove(expected)
+            self._loaded = key
+        proven = time.perf_counter()
+        proof = f"{len(self._map.slots)} tensors on the device by checksum against the file"
         if candidate is not None and candidate.lora is not None:
             self._adapter = read_adapter(candidate.lora, candidate.tensors, self._map.dtype)
             self._num_adapters += 1
             if self._adapter:
                 write_adapter(self._bundle, self._adapter)
-            return f"{len(self._adapter)} adapter modules bit for bit in their slot, after the run"
-        return f"{len(self._map.slots)} tensors on the device by checksum against the file"
+            proof = f"{len(self._adapter)} adapter modules bit for bit in their slot, after the run"
+        adapted = time.perf_counter()
+        return Loaded(
+            proof, {"swap": swapped - begun, "prove": proven - swapped, "adapter": adapted - proven}
+        )
+
+    def read_ahead(self, candidate: Admitted | None) -> None:
+        """Begin to read what the next `load` will ask for, while the present candidate computes."""
+        key, tensors = self._weights_of(candidate)
+        if key != self._loaded:
+            self._staging.read_ahead(key, tensors)
+
+    def _weights_of(self, candidate: Admitted | None) -> tuple[str, Mapping[str, TensorSpec]]:
+        if candidate is None or candidate.lora is not None:
+            return self._base.content_sha256, self._base.tensors
+        return candidate.content_sha256, candidate.tensors
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptFeatures]:
         """Run prompts of token ids through what was loaded; features come in the order of the prompts.
@@ -172,9 +197,10 @@ class Engine:
 
         from ray_auditor.engine.model import MODEL_INPUTS
 
+        self._staging.close()
         self._llm.llm_engine.engine_core.shutdown()
         MODEL_INPUTS.remove(self._inputs)
-        del self._llm, self._model, self._map, self._inputs
+        del self._llm, self._model, self._map, self._staging, self._inputs
         gc.collect()
         cleanup_dist_env_and_memory()
         self._bundles.cleanup()

@@ -1,6 +1,7 @@
 """Every way a swap can go wrong is caught, and none becomes a result."""
 
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +14,18 @@ from torch import Tensor, nn
 
 from ray_auditor.config import EngineConfig
 from ray_auditor.engine.live import Engine
-from ray_auditor.engine.parameters import CHUNK_NUMEL, ParameterMap, SwapError, checksum
-from ray_auditor.hub import Admitted, Candidate, CandidateError, admit, open_base
+from ray_auditor.engine.parameters import (
+    ROW_WEIGHT,
+    Checksum,
+    ParameterMap,
+    SwapError,
+    _words,
+    checksums,
+    device_sums,
+)
+from ray_auditor.engine.staging import Staging
+from ray_auditor.hub import Admitted, Candidate, CandidateError, TensorSpec, admit, open_base
+from ray_auditor.hub.weights import read_weights
 from tests.tiny import make_adapter, make_model, make_sae
 
 SETTINGS = EngineConfig(max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=8)
@@ -41,32 +52,75 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def test_written_tensors_lie_where_the_fused_layer_reads_them() -> None:
-    model, state = Fused(), tensors()
-    places = ParameterMap(model, SHAPES)
-    places.prove(places.write(state.items()))
-    assert torch.equal(model.layer.qk_proj.weight[:4], state["layer.q_proj.weight"])
-    assert torch.equal(model.layer.qk_proj.weight[4:], state["layer.k_proj.weight"])
-    assert torch.equal(model.embed_tokens.weight[:7], state["embed_tokens.weight"])
+def on_disk(folder: Path, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    return read_weights(folder, ["model.safetensors"])
 
 
-def test_a_copy_that_did_not_happen_is_caught() -> None:
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 20])
+def test_written_tensors_lie_where_the_fused_layer_reads_them(tmp_path: Path, budget_bytes: int) -> None:
+    """In its turn, and read ahead while the one before is still live."""
     model = Fused()
     places = ParameterMap(model, SHAPES)
-    places.write(tensors(0).items())
+    staging = Staging(places, budget_bytes)
+    for seed in (0, 1, 2):
+        state = tensors(seed)
+        specs = on_disk(tmp_path / str(seed), state)
+        before = model.layer.qk_proj.weight.clone()
+        staging.read_ahead(str(seed), specs)
+        wait([staging._readers.submit(lambda: None)])
+        assert torch.equal(model.layer.qk_proj.weight, before)
+        places.prove(staging.swap(str(seed), specs))
+        assert torch.equal(model.layer.qk_proj.weight[:4], state["layer.q_proj.weight"])
+        assert torch.equal(model.layer.qk_proj.weight[4:], state["layer.k_proj.weight"])
+        assert torch.equal(model.embed_tokens.weight[:7], state["embed_tokens.weight"])
+    staging.close()
+
+
+def test_what_was_read_ahead_is_never_taken_for_another(tmp_path: Path) -> None:
+    model = Fused()
+    places = ParameterMap(model, SHAPES)
+    staging = Staging(places, 1 << 20)
+    specs = [on_disk(tmp_path / str(seed), tensors(seed)) for seed in (0, 1)]
+    staging.read_ahead("0", specs[0])
+    places.prove(staging.swap("1", specs[1]))
+    assert torch.equal(model.embed_tokens.weight[:7], tensors(1)["embed_tokens.weight"])
+    staging.close()
+
+
+def test_a_bit_that_flips_after_staging_is_caught(tmp_path: Path) -> None:
+    places = ParameterMap(Fused(), SHAPES)
+    staging = Staging(places, 1 << 20)
+    specs = on_disk(tmp_path, tensors())
+    staging.read_ahead("0", specs)
+    assert staging._ahead is not None
+    wait(staging._ahead[1].values())
+    staging._copy["layer.k_proj.weight"].view(torch.int32)[1, 2] ^= 1
+    with pytest.raises(SwapError, match="k_proj"):
+        places.prove(staging.swap("0", specs))
+
+
+def test_a_copy_that_did_not_happen_is_caught(tmp_path: Path) -> None:
+    places = ParameterMap(Fused(), SHAPES)
+    staging = Staging(places, 0)
+    staging.swap("0", on_disk(tmp_path / "0", tensors(0)))
     with pytest.raises(SwapError, match="checksum"):
-        places.prove(places.expect(tensors(1).items()))
+        places.prove({name: checksums([tensor])[0] for name, tensor in tensors(1).items()})
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_missing_tensor_and_one_that_comes_twice_are_caught(name: str) -> None:
+def test_a_missing_tensor_and_one_of_another_shape_are_caught(name: str, tmp_path: Path) -> None:
     places, state = ParameterMap(Fused(), SHAPES), tensors()
+    staging = Staging(places, 0)
+    specs = on_disk(tmp_path / "all", state)
     with pytest.raises(SwapError, match="never came"):
-        places.write((n, t) for n, t in state.items() if n != name)
-    with pytest.raises(SwapError, match="twice"):
-        places.write([*state.items(), (name, state[name])])
+        staging.swap("0", {n: spec for n, spec in specs.items() if n != name})
+    with pytest.raises(SwapError, match="never came"):
+        places.prove({n: checksums([t])[0] for n, t in state.items() if n != name})
+    short = {n: (t[:-1] if n == name else t).contiguous() for n, t in state.items()}
     with pytest.raises(SwapError, match="got"):
-        places.write((n, t[:-1] if n == name else t) for n, t in state.items())
+        staging.swap("0", on_disk(tmp_path / "short", short))
 
 
 def test_a_parameter_no_tensor_fills_is_caught() -> None:
@@ -78,26 +132,41 @@ def test_a_parameter_no_tensor_fills_is_caught() -> None:
         ParameterMap(Fused(), {**SHAPES, "layer.q_proj.weight": (4, 5)})
 
 
+def checksum(tensor: Tensor) -> Checksum:
+    return checksums([tensor])[0]
+
+
 @given(st.data())
 def test_one_flipped_bit_or_two_exchanged_values_change_the_checksum(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    numel = data.draw(st.integers(2, 300))
+    shape = data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1), (2, -1), (-1, 3)]))
+    numel = 6 * data.draw(st.integers(1, 50))
     tensor = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
-    before = checksum(tensor)
+    before = checksum(tensor.view(shape))
     bits = tensor.view(torch.int32 if dtype == torch.float32 else torch.int16)
     at, bit = data.draw(st.integers(0, numel - 1)), data.draw(st.integers(0, 8 * tensor.element_size() - 2))
     bits[at] ^= 1 << bit
-    assert checksum(tensor) != before
+    assert checksum(tensor.view(shape)) != before
     bits[at] ^= 1 << bit
     other = data.draw(st.integers(0, numel - 1))
     if tensor[at] != tensor[other]:
         bits[[at, other]] = bits[[other, at]]
-        assert checksum(tensor) != before
+        assert checksum(tensor.view(shape)) != before
 
 
-def test_the_checksum_sees_chunks_that_changed_places() -> None:
-    tensor = torch.arange(2 * CHUNK_NUMEL, dtype=torch.float32)
-    assert checksum(tensor) != checksum(tensor.view(2, -1).flip(0).reshape(-1))
+@pytest.mark.parametrize("shape", [(700, 900), (3, 50_001), (70_001,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_host_sums_as_the_device_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    weight = torch.arange(1, 70_002)
+    on_device = device_sums(_words(tensor), weight, weight * ROW_WEIGHT)
+    assert tuple(int(s) for s in on_device) == checksum(tensor)
+
+
+def test_the_checksum_sees_rows_and_halves_that_changed_places() -> None:
+    tensor = torch.randn(500, 500)
+    found = {checksum(t.contiguous()) for t in (tensor, tensor.T, tensor.flip(0), tensor.roll(250, 1))}
+    assert len(found) == 4
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +193,15 @@ def admitted(hub: Path, name: str, kind: str) -> Admitted:
 def test_a_bit_that_flips_on_the_device_during_the_swap_gives_no_result(
     hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = ParameterMap.write
+    swap = Staging.swap
 
-    def flip(self: ParameterMap, source: object) -> object:
-        expected = write(self, source)  # type: ignore[arg-type]
-        rows = self.rows("model.layers.1.self_attn.k_proj.weight")
+    def flip(self: Staging, key: str, specs: dict[str, TensorSpec]) -> object:
+        expected = swap(self, key, specs)
+        rows = self._places.rows("model.layers.1.self_attn.k_proj.weight")
         rows[0, 0] = -rows[0, 0]
         return expected
 
-    monkeypatch.setattr(ParameterMap, "write", flip)
+    monkeypatch.setattr(Staging, "swap", flip)
     with pytest.raises(SwapError, match="k_proj"):
         engine.load(admitted(hub, "other", "full"))
     monkeypatch.undo()
@@ -162,6 +231,7 @@ def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: 
     weights = hub / "changing" / "model.safetensors"
     state = load_file(weights)
     save_file({name: tensor + 1 for name, tensor in state.items()}, weights, metadata={"format": "pt"})
+    engine.read_ahead(candidate)
     with pytest.raises(CandidateError, match="changed"):
         engine.load(candidate)
     engine.load(None)

@@ -1,0 +1,317 @@
+"""Candidates through the worker, against a plain loop and against bare vLLM, in one run on one machine.
+
+Usage: `python benchmarks/bench_sweep.py [--shape NAME] [--dtype bfloat16] [--prompts 512] [--out FILE]`, with
+the repository's root and `kernels/` on PYTHONPATH. Weights are random at the true shape; Ray is left out.
+"""
+
+# Shape suffixes: B prompts of a batch, T tokens of a prompt, D = d_in, F = d_sae, K = kept features.
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sweep_models import (
+    LORA_RANK,
+    SHAPES,
+    K,
+    Shape,
+    admitted,
+    make_sae,
+    make_suites,
+    write_adapter,
+    write_base,
+    write_finetune,
+)
+from torch import Tensor
+
+from ray_auditor.config import Dtype, EngineConfig
+from ray_auditor.hub import Admitted, open_base
+from ray_auditor.sae import Sae
+from ray_auditor.store import Unit
+from ray_auditor.worker import Assignment, Worker, WorkerSpec
+
+GATE_PROMPTS = 6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Batch = tuple[list[int], Tensor, Tensor]
+
+
+def sync() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds of one call, the median of `repeats`."""
+    found = []
+    for _ in range(repeats):
+        begun = sync()
+        call()
+        found.append(sync() - begun)
+    return statistics.median(found)
+
+
+class Naive:
+    """What one would write first: transformers, a hook, a dense fp32 encode as sae-lens does, torch.topk."""
+
+    def __init__(self, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtype) -> None:
+        from transformers import AutoModel
+
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+        layer = self.model.layers[shape.num_layers - 1]
+        layer.register_forward_hook(lambda *call: setattr(self, "resid", call[2]))
+        self.encode = sae
+
+    def rows(self, prompts: list[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Numbers of the prompts in a batch, their top activations and indices [B, T, K] on the host."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = max(len(prompts[i]) for i in batch)
+            ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in batch], device=DEVICE)
+            mask = torch.tensor([[t < len(prompts[i]) for t in range(longest)] for i in batch], device=DEVICE)
+            with torch.no_grad():
+                self.model(ids, attention_mask=mask.long(), use_cache=False)
+                resid_BTD = self.resid[0] if isinstance(self.resid, tuple) else self.resid
+                acts, idx = self.encode(resid_BTD).topk(K, dim=-1)
+            yield batch, acts.cpu(), idx.cpu()
+
+
+def dense_encoder(sae: Sae) -> Callable[[Tensor], Tensor]:
+    """sae-lens' own `encode` where it is installed, else the same sums written out; fp32."""
+    encoder = sae.encoder
+    weights = {
+        "W_enc": encoder.W_enc_DF.to(DEVICE).contiguous(),
+        "b_enc": encoder.b_enc_F.to(DEVICE),
+        "b_dec": encoder.b_dec_D.to(DEVICE),
+    }
+    try:
+        from sae_lens import StandardSAE, StandardSAEConfig
+    except ImportError:
+        return lambda x: torch.relu((x.float() - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
+    oracle = StandardSAE(StandardSAEConfig(d_in=sae.d_in, d_sae=sae.d_sae, device=DEVICE))
+    oracle.load_state_dict(weights | {"W_dec": encoder.W_dec_FD.to(DEVICE)})
+    return lambda x: oracle.encode(x.float())
+
+
+def overlap(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Mean share of a token's kept features that two runs agree on."""
+    shares = [
+        (a[:, :, None] == b[:, None, :]).any(-1).float().mean() for a, b in zip(found, wanted, strict=True)
+    ]
+    return float(torch.stack(shares).mean())
+
+
+def gate(worker: Worker, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtype) -> dict[str, float]:
+    """Ours and the plain loop in the same dtype, each against the plain loop in fp32."""
+    prompts = [prompt.token_ids.tolist() for _, _, prompt in worker._prompts[:GATE_PROMPTS]]
+
+    def plain(kind: torch.dtype) -> list[Tensor]:
+        naive = Naive(folder, shape, dense_encoder(sae), kind)
+        found = {batch[0]: idx[0] for batch, _, idx in naive.rows(prompts, 1)}
+        return [found[i] for i in range(len(prompts))]
+
+    exact = plain(torch.float32)
+    ours = [torch.from_numpy(rows.top_idx_TK) for rows in worker._engine.encode(prompts)]
+    found = {"ours_against_fp32": overlap(ours, exact), "plain_against_fp32": overlap(plain(dtype), exact)}
+    floor = 0.999 if dtype == torch.float32 else found["plain_against_fp32"] - 0.005
+    if found["ours_against_fp32"] < floor:
+        raise SystemExit(f"features differ from the plain loop's: {found}; nothing is timed")
+    return found
+
+
+def ceilings(folder: Path, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine can do: matrix products, reading a file that is in the page cache."""
+    size = 8192 if DEVICE == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
+    torch.mm(a, b)
+    path = folder / "model.safetensors"
+    read = timed(lambda: path.read_bytes(), 2)
+    return {
+        "gemm_flops": 2 * size**3 / timed(lambda: torch.mm(a, b), 7),
+        "read_bytes_per_s": path.stat().st_size / read,
+    }
+
+
+def bare_seconds(worker: Worker, repeats: int) -> dict[str, float]:
+    """The same tokens through the same engine without an encoder, and the encoder alone."""
+    pool, step = worker._engine._model.pooler.pooling, worker._spec.engine.max_step_tokens
+    prompts = [{"prompt_token_ids": prompt.token_ids.tolist()} for _, _, prompt in worker._prompts]
+    num_tokens = worker._spec.suites.num_tokens
+    pack = pool.pack
+    pool.pack = lambda resid_ND: resid_ND[:, :1].clone()
+    call = {"pooling_task": "token_embed", "use_tqdm": False}
+    bare = timed(lambda: worker._engine._llm.encode(prompts, **call), repeats)
+    pool.pack = pack
+    resid = torch.randn(step, worker._spec.sae.d_in, device=DEVICE, dtype=pool.encoder.W_enc_DF.dtype)
+    pack(resid)
+    return {"bare": bare, "encode_alone": timed(lambda: pack(resid), repeats) * num_tokens / step}
+
+
+def audit_all(worker: Worker, found: list[Admitted], unit: Callable[[str], Unit]) -> list[dict[str, float]]:
+    """Seconds of every candidate, by part, in the order they ran; the next is read meanwhile."""
+    table = []
+    tasks = [Assignment(unit(candidate.content_sha256), candidate) for candidate in found]
+    for task, upcoming in zip(tasks, [*tasks[1:], None], strict=True):
+        begun = sync()
+        worker.audit(task, upcoming)
+        total = sync() - begun
+        parts = worker._store.read_record(task.unit.key)["seconds"]
+        table.append({"total": total, **parts, "write": total - sum(parts.values())})
+    return table
+
+
+def steady(table: list[dict[str, float]]) -> dict[str, float]:
+    """Medians over all candidates but the first."""
+    return {name: statistics.median(row[name] for row in table[1:]) for name in table[0]}
+
+
+def claim(name: str, value: float, target: float, *, at_most: bool) -> dict[str, Any]:
+    met = value <= target if at_most else value >= target
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    return {"name": name, "value": round(value, 3), "target": target, "met": met, "device": device}
+
+
+def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    begun = time.perf_counter()
+    folder = write_base(work / "base", shape, dtype, DEVICE)
+    written = time.perf_counter()
+    base = open_base(folder, num_layers=shape.num_layers)
+    admit_s = time.perf_counter() - written
+    state = load_file(folder / "model.safetensors")
+    fulls = [write_finetune(work / f"full{i}", base, state, DEVICE) for i in range(args.candidates)]
+    adapters = [write_adapter(work / f"adapter{i}", base, dtype) for i in range(args.candidates)]
+    sae = make_sae(shape, DEVICE)
+    suites = make_suites(shape.vocabulary, args.prompts, args.tokens)
+    with ThreadPoolExecutor() as pool:
+        full = list(pool.map(lambda path: admitted(path, "full", base, shape.num_layers), fulls))
+        adapter = list(pool.map(lambda path: admitted(path, "adapter", base, shape.num_layers), adapters))
+    print(f"made in {time.perf_counter() - begun:.0f} s, admission {admit_s:.2f} s a candidate", flush=True)
+
+    def unit(key: str) -> Unit:
+        return Unit(key, base.key, sae.key, sae.hook_name, suites.key, K, sae.d_sae, f"bench {args.dtype}")
+
+    engine = EngineConfig(
+        dtype=Dtype[args.dtype],
+        max_step_tokens=args.step,
+        max_step_prompts=256,
+        kv_cache_bytes=(4 << 30) if DEVICE == "cuda" else (256 << 20),
+        max_lora_rank=LORA_RANK if args.adapters else 0,
+        read_ahead_bytes=args.read_ahead,
+        eager=not args.compile,
+    )
+    spec = WorkerSpec(base, unit(base.key), sae, suites, K, engine, work / "store", torch.get_num_threads())
+    begun = time.perf_counter()
+    worker = Worker(spec)
+    start_s = time.perf_counter() - begun
+    print(f"engine started in {start_s:.1f} s", flush=True)
+    base_s = timed(lambda: worker.audit(Assignment(unit(base.key), None)))
+    found_gate = gate(worker, folder, shape, sae, dtype)
+    print(f"base {base_s:.2f} s, gate {found_gate}", flush=True)
+    peak = {}
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    tables = {"full": audit_all(worker, full, unit)}
+    if args.adapters:
+        tables["adapter"] = audit_all(worker, adapter, unit)
+    peak["host_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if DEVICE == "cuda":
+        peak["device_bytes"] = torch.cuda.max_memory_allocated()
+    worker._engine.load(None)
+    bare = bare_seconds(worker, 3)
+    limits = ceilings(fulls[0], dtype)
+    worker._engine.close()
+
+    prompts = [prompt.token_ids.tolist() for suite in suites.suites for prompt in suite.prompts]
+    num_tokens, naive = suites.num_tokens, {}
+    for batch_size in args.naive:
+        begun = sync()
+        loop = Naive(fulls[0], shape, dense_encoder(sae), dtype)
+        loaded = sync()
+        for _ in loop.rows(prompts, batch_size):
+            pass
+        naive[batch_size] = {"total": sync() - begun, "load": loaded - begun}
+        print(f"plain loop, batch {batch_size}: {naive[batch_size]}", flush=True)
+
+    parts = {kind: steady(table) for kind, table in tables.items()}
+    num_bytes = sum(spec.end - spec.start for spec in full[0].tensors.values())
+    floor = max(
+        num_bytes / limits["read_bytes_per_s"], num_tokens * shape.flops_per_token / limits["gemm_flops"]
+    )
+    ours = parts["full"]["total"]
+    audit_s = sum(parts["full"][name] for name in ("encode", "rows", "write"))
+    speedup = 20 if DEVICE == "cuda" else 6 if args.dtype == "float32" else 9
+    claims = [
+        claim("full candidate over its floor", ours / floor, 1.25, at_most=True),
+        claim("encode + rows + commit over bare vLLM", audit_s / bare["bare"], 1.15, at_most=True),
+        claim("proof's share of a candidate", parts["full"]["prove"] / ours, 0.02, at_most=True),
+    ]
+    for batch_size, row in naive.items():
+        ratio = row["total"] / ours
+        claims.append(claim(f"plain loop, batch {batch_size}, over ours", ratio, speedup, at_most=False))
+    if args.adapters:
+        ratio = parts["adapter"]["total"] / bare["bare"]
+        claims.append(claim("adapter candidate over bare vLLM", ratio, 1.15, at_most=True))
+    return {
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "step_tokens": args.step,
+        "compiled": args.compile,
+        "num_tokens": num_tokens,
+        "bytes_per_candidate": num_bytes,
+        "tokens_per_s": num_tokens / ours,
+        "bytes_per_s": num_bytes / ours,
+        "start_s": start_s,
+        "admit_s": admit_s,
+        "floor_s": floor,
+        "gate": found_gate,
+        "ceilings": limits,
+        "seconds": parts | {"bare vLLM": bare, "plain loop by batch": naive},
+        "runs": tables,
+        "peak": peak,
+        "claims": claims,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="float32")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--step", type=int, default=2048, help="tokens a step")
+    parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--read-ahead", type=int, default=1 << 34, help="bytes of the second copy")
+    parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--no-adapters", dest="adapters", action="store_false")
+    parser.add_argument("--naive", type=int, nargs="*", default=[1, 8], help="batch sizes of the plain loop")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    args = parser.parse_args()
+    with TemporaryDirectory(prefix="bench-sweep-") as work:
+        result = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run(args, Path(work))}
+        shutil.rmtree(work, ignore_errors=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: result[name] for name in result if name not in ("runs", "claims")}))
+    for row in result["claims"]:
+        print(
+            f"{'met   ' if row['met'] else 'missed'} {row['name']}: {row['value']} (target {row['target']})"
+        )
+
+
+if __name__ == "__main__":
+    main()

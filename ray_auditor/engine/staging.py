@@ -1,0 +1,108 @@
+"""Full weights on their way into the engine: read in parallel, ahead of their turn where memory allows."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+from ray_auditor.engine.parameters import Checksum, ParameterMap, SwapError, checksums
+from ray_auditor.hub import TensorSpec
+from ray_auditor.hub.checkpoint import iter_tensors
+
+MAX_READERS = 4  # threads; they share the memory bandwidth of one socket
+
+Reading = dict[str, Future[Checksum]]
+
+
+class Staging:
+    """Reads candidates tensor by tensor; at most one ahead, into a second copy of the weights on the device.
+
+    The host holds one tensor a reader at any time, however large the candidate is.
+    """
+
+    def __init__(self, places: ParameterMap, budget_bytes: int) -> None:
+        """Remember where the live tensors are.
+
+        Args:
+            places: The live parameters.
+            budget_bytes: Device memory the second copy may take; a model that needs more is not read ahead.
+        """
+        self._places = places
+        self._readers = ThreadPoolExecutor(min(MAX_READERS, max(1, torch.get_num_threads() // 2)), "staging")
+        on_gpu = places.device.type == "cuda"
+        self._stream = torch.cuda.Stream(places.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._fits = places.num_bytes <= budget_bytes
+        self._copy: dict[str, Tensor] = {}
+        self._ahead: tuple[str, Reading] | None = None
+
+    def read_ahead(self, key: str, specs: Mapping[str, TensorSpec]) -> None:
+        """Begin to read a candidate while another computes, and return at once; nothing if it does not fit.
+
+        Args:
+            key: What `swap` will ask for.
+            specs: As `Admitted.tensors` has them.
+        """
+        if not self._fits or (self._ahead is not None and self._ahead[0] == key):
+            return
+        self._drop()
+        if not self._copy:
+            self._copy = {name: torch.empty_like(self._places.rows(name)) for name in self._places.slots}
+        self._ahead = key, self._read(specs, self._copy)
+
+    def swap(self, key: str, specs: Mapping[str, TensorSpec]) -> dict[str, Checksum]:
+        """Write a candidate over the live parameters, from the copy if it was read ahead.
+
+        Returns:
+            Checksum of every tensor as it was read, in the live dtype: what `ParameterMap.prove` takes.
+
+        Raises:
+            CandidateError: A file is not the one that was admitted.
+            SwapError: A tensor is missing or of another shape.
+        """
+        if self._ahead is None or self._ahead[0] != key:
+            self._drop()
+            return _finish(self._read(specs, {name: self._places.rows(name) for name in self._places.slots}))
+        _, reading = self._ahead
+        self._ahead = None
+        expected = _finish(reading)
+        for name, tensor in self._copy.items():
+            self._places.rows(name).copy_(tensor)
+        return expected
+
+    def close(self) -> None:
+        """Wait for the readers and free the copy."""
+        self._drop()
+        self._readers.shutdown()
+        self._copy.clear()
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            wait(self._ahead[1].values())
+            self._ahead = None
+
+    def _read(self, specs: Mapping[str, TensorSpec], targets: Mapping[str, Tensor]) -> Reading:
+        if missing := targets.keys() - specs.keys():
+            raise SwapError(f"{len(missing)} tensors never came, first {min(missing)}")
+        return {
+            name: self._readers.submit(self._read_one, specs, name, target)
+            for name, target in targets.items()
+        }
+
+    def _read_one(self, specs: Mapping[str, TensorSpec], name: str, target: Tensor) -> Checksum:
+        ((_, tensor),) = iter_tensors(specs, [name])
+        if tensor.shape != target.shape:
+            raise SwapError(f"{name}: got {tuple(tensor.shape)} for {tuple(target.shape)}")
+        tensor = tensor.to(target.dtype)
+        (expected,) = checksums([tensor])
+        with torch.cuda.stream(self._stream):  # a stream of our own: it does not wait for the forward pass
+            target.copy_(tensor)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return expected
+
+
+def _finish(reading: Reading) -> dict[str, Checksum]:
+    """Every checksum, once no reader writes any more; raises what the first failed reader raised."""
+    wait(reading.values())
+    return {name: future.result() for name, future in reading.items()}
