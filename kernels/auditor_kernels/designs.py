@@ -39,7 +39,7 @@ def per_group(expected: int, d_sae: int) -> int | None:
 
 def capacity(kept: int, d_sae: int) -> int:
     """Slots of a token's candidate list: within the memory share where k allows it."""
-    return max(5 * kept // 2, min(512, d_sae // 80), 32)
+    return max(5 * kept // 2, min(512, d_sae // 88), 32)
 
 
 def chunk_tokens(num_tokens: int, bytes_per_token: int, d_sae: int) -> int:

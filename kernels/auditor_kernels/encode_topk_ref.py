@@ -34,19 +34,23 @@ def encode_topk_ref(resid_ND: Tensor, encoder: EncoderWeights, *, k: int) -> Top
         return TopK(top_acts_NK, top_idx_NK)
     w_enc_df = encoder.W_enc_DF.float()
     block = min(d_sae, BLOCK_FEATURES)
-    # Half of the chunk is the pre-activations, half the scores that masking or |.| derive from them.
-    rows = max(1, min(num_tokens, CHUNK_BYTES // (2 * 4 * block)))
+    # Masking or |.| derive scores from the pre-activations: half of the chunk is theirs.
+    derived = encoder.two_sided or _has_thresholds(encoder)
+    rows = max(1, min(num_tokens, CHUNK_BYTES // (4 * block * (2 if derived else 1))))
     pre_buffer = resid_ND.new_empty(rows * block, dtype=torch.float32)
-    score_buffer = torch.empty_like(pre_buffer) if encoder.two_sided or _has_thresholds(encoder) else None
+    score_buffer = torch.empty_like(pre_buffer) if derived else None
     kept = min(k, encoder.max_active or k)
+    # |pre| <= sum |x| max |W| + max |b|: where that is small, nothing can overflow and no pass looks for it.
+    largest = max(abs(float(end)) for end in torch.aminmax(w_enc_df.t()))
+    offset = float(encoder.b_enc_F.abs().max())
     for start in range(0, num_tokens, rows):
         x_cd = resid_ND[start : start + rows].float()
-        acts, idx = _encode_chunk(x_cd, w_enc_df, encoder, kept, block, pre_buffer, score_buffer)
+        safe = float(x_cd.abs().sum(1).max()) * largest + offset < 1e38
+        acts, idx = _encode_chunk(x_cd, w_enc_df, encoder, kept, block, pre_buffer, score_buffer, safe)
         top_acts_NK[start : start + rows, : acts.shape[1]] = acts
         top_idx_NK[start : start + rows, : idx.shape[1]] = idx
-        broken_C = acts[:, :1].isnan().any(1)
-        if bool(broken_C.any()):
-            top_acts_NK[start : start + rows][broken_C] = torch.nan
+        if not safe:
+            top_acts_NK[start : start + rows][acts[:, 0].isnan()] = torch.nan
     return TopK(top_acts_NK, top_idx_NK)
 
 
@@ -62,16 +66,21 @@ def _encode_chunk(
     block: int,
     pre_buffer: Tensor,
     score_buffer: Tensor | None,
+    safe: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Values and indices [C, K] of one chunk of tokens; rows that are not finite are all NaN and -1."""
+    """Values and indices [C, K] of one chunk of tokens; rows that are not finite are all NaN and -1.
+
+    `safe` says that x is finite and that no pre-activation can overflow.
+    """
     rows, d_sae = x_CD.shape[0], w_enc_DF.shape[1]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    finite_C = _rows_finite(x_CD)
+    finite_C = _rows_finite(x_CD) if not safe else x_CD.new_ones(rows, dtype=torch.bool)
     for first in range(0, d_sae, block):
         last = min(first + block, d_sae)
         pre_CF = pre_buffer[: rows * (last - first)].view(rows, last - first)
         torch.addmm(encoder.b_enc_F[first:last], x_CD, w_enc_DF[:, first:last], out=pre_CF)
-        finite_C &= _rows_finite(pre_CF)
+        if not safe:
+            finite_C &= _rows_finite(pre_CF)
         score_CF = pre_CF
         if score_buffer is not None:
             score_CF = score_buffer[: rows * (last - first)].view(rows, last - first)
@@ -87,7 +96,8 @@ def _encode_chunk(
     score_CK, acts_CK, idx_CK = parts[0] if len(parts) == 1 else _merge(parts, k)
     active_CK = score_CK > 0
     acts_CK = torch.where(active_CK, acts_CK, 0.0)
-    acts_CK[~finite_C] = torch.nan
+    if not safe:
+        acts_CK[~finite_C] = torch.nan
     idx_CK = torch.where(active_CK & finite_C[:, None], idx_CK, -1)
     return acts_CK, idx_CK
 
