@@ -103,7 +103,9 @@ def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Te
     which, _ = choose(resid_ND.device, resid_ND.dtype, num_tokens, encoder, k, hinted=hint_N is not None)
     if which is Implementation.REFERENCE or num_tokens == 0:
         return encode_topk_ref(resid_ND, encoder, k=k)
-    launcher = launch(which, resid_ND, encoder, k, hint_N)
+    # Kernels launch on the current device, whichever their arguments are on.
+    with torch.cuda.device(resid_ND.device):
+        launcher = launch(which, resid_ND, encoder, k, hint_N)
     return TopK(launcher.val_NK, launcher.idx_NK)
 
 

@@ -89,11 +89,18 @@ def filter_pass(launcher: Launcher, part: slice, floor: Tensor, count: Tensor, c
     """Run the filter over one chunk; same contract as `Launcher.gemm` with the filter.
 
     Raises:
-        RuntimeError: the launch failed.
+        ValueError: forced on a dtype or an encoder that it does not take.
+        RuntimeError: there is no library, or the launch failed.
     """
-    library, reason = load()
-    assert library is not None, reason
     prepared, x_td = launcher.prepared, launcher.x_ND[part]
+    if x_td.dtype == torch.float32 or prepared.two_sided:
+        raise ValueError(
+            f"the Hopper filter takes 16-bit residuals and one-sided encoders, got {x_td.dtype}, "
+            f"two_sided={prepared.two_sided}; unset AUDITOR_KERNELS"
+        )
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(f"there is no Hopper filter: {reason}; unset AUDITOR_KERNELS")
     pointer = ctypes.c_void_p
     status = library.auditor_filter(
         pointer(x_td.data_ptr()),
