@@ -1,6 +1,7 @@
 """The door: `ray-auditor VERB [overrides]` -> one typed configuration -> one function -> an exit code."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ray_auditor.config import AuditConfig, Verb, register_schemas
 
-USAGE_ERROR = 4
+INTERNAL_ERROR, USAGE_ERROR = 2, 4
+HOW_TO_DIFFER = "say, for one, out_dir='out/k${sae.k}'"
+# What Hydra reads as it stands: plain characters, a list, a quoted string.
+PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+*?$(){}~-]*|[\[{].*|(?P<q>['\"]).*(?P=q)")
 
 
 def config_dir() -> Path:
@@ -56,18 +60,30 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if first not in set(Verb):
         raise ValueError(f"the verb must be one of {', '.join(Verb)}, got {first!r}; see ray-auditor --help")
-    if rest and first == Verb.show and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest[0] = f"show.candidate='{rest[0]}'"
+    overrides = [f"verb={first}"]
+    if first == Verb.show and rest and not rest[0].startswith(("--", "out_dir=", "show.")):
+        overrides.append(f"show.candidate={quote(rest.pop(0))}")
     if first == Verb.demo:
-        rest = ["+experiment=demo", *rest]
-    is_override = [word[0] in "+~" or ("=" in word and word[0] != "-") for word in rest]
-    flags = [word for word, override in zip(rest, is_override, strict=True) if not override]
+        overrides.append("+experiment=demo")
     # argparse takes the overrides as one run of words, so Hydra's own flags go before them.
-    return [
-        *flags,
-        f"verb={first}",
-        *(word for word, override in zip(rest, is_override, strict=True) if override),
-    ]
+    flags = [word for word in rest if word[0] not in "+~" and ("=" not in word or word[0] == "-")]
+    overrides += [quote_value(word) for word in rest if word not in flags]
+    return [*flags, *overrides]
+
+
+def quote(text: str) -> str:
+    """A string as Hydra's grammar reads back unchanged, interpolation switched off.
+
+    A backslash is itself there, except before a quote.
+    """
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text.replace("${", r"\${"))
+    return f"'{escaped}'"
+
+
+def quote_value(override: str) -> str:
+    """Quote a value that holds what Hydra's grammar gives a meaning and a path does not."""
+    key, _, value = override.partition("=")
+    return override if not value or PLAIN.fullmatch(value) else f"{key}={quote(value)}"
 
 
 def _say_usage(error: ValueError) -> int:
@@ -90,11 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ValueError("python -O must be off, got -O; the program's invariants are assertions")
         )
     exit_codes: list[int] = []
+    out_dirs: list[str] = []
 
     def run(settings: DictConfig) -> None:
         try:
             config = OmegaConf.to_object(settings)
             assert isinstance(config, AuditConfig)
+            if config.out_dir in out_dirs:
+                raise ValueError(
+                    f"out_dir must differ between jobs, got {config.out_dir} again; {HOW_TO_DIFFER}"
+                )
+            out_dirs.append(config.out_dir)
             exit_codes.append(verb_function(config.verb)(config))
         except ValueError as error:
             exit_codes.append(_say_usage(error))
@@ -111,8 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted: what was committed is kept; run the same command again to go on\n")
         return 130
     except SystemExit as stop:
-        # Hydra has printed what it could not compose: an unknown key, a wrong type, an unknown group.
-        return USAGE_ERROR if stop.code else 0
+        # Hydra has printed what happened: a job that broke, or settings it could not compose (an unknown key,
+        # a wrong type, an unknown group).
+        if not stop.code:
+            return 0
+        return INTERNAL_ERROR if len(out_dirs) > len(exit_codes) else USAGE_ERROR
     return max(exit_codes, default=0)
 
 

@@ -149,6 +149,7 @@ def _candidate(row: Row, status: tuple[str, str | None], population: Population)
         "reason": status[1],
         "score": population.scores.get(row.id),
         "unit_key": row.unit.key if row.unit else None,
+        "declared_base": row.declared_base,
         "suites": {suite: _numbers(cell) for suite, cell in cells.items()},
     }
 

@@ -1,5 +1,6 @@
 """Every setting, typed and bounded. Nothing below the door sees anything but these objects."""
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -143,10 +144,18 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         _require("cluster.num_workers", self.num_workers >= 1, ">= 1", self.num_workers, "start at least one")
         _require(
-            "cluster.cpus_per_worker", self.cpus_per_worker > 0, "> 0", self.cpus_per_worker, "give it a CPU"
+            "cluster.cpus_per_worker",
+            0 < self.cpus_per_worker < math.inf,
+            "> 0 and finite",
+            self.cpus_per_worker,
+            "give it a CPU",
         )
         _require(
-            "cluster.gpus_per_worker", self.gpus_per_worker >= 0, ">= 0", self.gpus_per_worker, "0 is none"
+            "cluster.gpus_per_worker",
+            0 <= self.gpus_per_worker < math.inf,
+            ">= 0 and finite",
+            self.gpus_per_worker,
+            "0 is none",
         )
         _require(
             "cluster.threads_per_worker",
@@ -156,7 +165,13 @@ class ClusterConfig:
             "0 shares the machine's cores among the workers",
         )
         _require("cluster.max_attempts", self.max_attempts >= 1, ">= 1", self.max_attempts, "1 never retries")
-        _require("cluster.unit_timeout_s", self.unit_timeout_s > 0, "> 0", self.unit_timeout_s, "raise it")
+        _require(
+            "cluster.unit_timeout_s",
+            0 < self.unit_timeout_s < math.inf,
+            "> 0 and finite",
+            self.unit_timeout_s,
+            "raise it",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,8 +185,9 @@ class FlagConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("flag.min_rate", self.min_rate > 0, "> 0", self.min_rate, "the published rule uses 0.15")
-        _require("flag.min_z", self.min_z > 0, "> 0", self.min_z, "3 is a usual bound for a robust z")
+        for name, value, usual in (("min_rate", self.min_rate, "0.15"), ("min_z", self.min_z, "3")):
+            _require(f"flag.{name}", 0 < value < math.inf, "> 0 and finite", value, f"{usual} is usual")
+        _require("flag.seed", self.seed >= 0, ">= 0", self.seed, "any such number seeds the resampling")
         _require(
             "flag.bootstrap_samples",
             100 <= self.bootstrap_samples <= 100_000,
@@ -214,12 +230,13 @@ class AuditConfig:
             ValueError: A source is missing or named twice; says which and how to give it.
         """
         for name, value in (
+            ("out_dir", self.out_dir),
             ("candidates.path", self.candidates.path),
             ("base.model", self.base.model),
             ("suites.path", self.suites.path),
         ):
-            _require(name, value is not None, "given", value, f"add {name}=DIR to the command")
-        one_source = (self.sae.path is None) != (self.sae.release is None)
+            _require(name, bool(value), "given", value, f"add {name}=DIR to the command")
+        one_source = bool(self.sae.path) != bool(self.sae.release)
         _require(
             "sae.path",
             one_source and (self.sae.release is None) == (self.sae.sae_id is None),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,7 @@ from ray_auditor.report.printable import printable
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, Unit
 from ray_auditor.suites import Suites, load_suites
-from ray_auditor.worker import Assignment, WorkerSpec
+from ray_auditor.worker import ROWS_VERSION, Assignment, WorkerSpec
 
 REPLAY = "+replay"  # marks the base's second pass, in another batching, that measures the noise floor
 
@@ -31,6 +32,7 @@ class Row:
     reason: str | None
     unit: Unit | None
     notes: tuple[str, ...] = ()
+    declared_base: str | None = None  # what an adapter says it was trained on: a claim
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambd
     base = open_base(str(config.base.model), num_layers=num_layers)
     candidates = list_folder(str(config.candidates.path))
     suites = load_suites(config.suites, base.path)
+    check_context(base, suites)
     k = min(config.sae.k, sae.encoder.max_active or config.sae.k)
 
     def unit_of(candidate_key: str) -> Unit:
@@ -103,10 +106,12 @@ def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambd
     for number, found in enumerate(candidates, start=1):
         row, admitted = _admit(found, base, num_layers, config.engine.max_lora_rank, unit_of)
         rows.append(row)
-        if row.unit is not None and admitted is not None and row.unit != unit_of(base.content_sha256):
+        if admitted is not None and row.unit is not None and row.unit != unit_of(base.content_sha256):
             assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
         on_admitted(number)
-    store = Store(Path(config.out_dir) / "store")
+    if len({row.id for row in rows}) != len(rows):
+        raise ValueError("candidates.path must hold folders with distinct names once they are made printable")
+    store = open_store(config)
     store.write_suites(suites.key, _stored_prompts(suites))
     return Plan(
         config=config,
@@ -121,14 +126,51 @@ def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambd
     )
 
 
+def check_context(base: BaseModel, suites: Suites) -> None:
+    """Check that every prompt fits the base's context.
+
+    Raises:
+        ValueError: One does not.
+    """
+    context = base.config.get("max_position_embeddings")
+    longest = max(len(prompt.token_ids) for suite in suites.suites for prompt in suite.prompts)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"suites.max_tokens must be at most {context}, the base's max_position_embeddings, for prompts "
+            f"of {longest} tokens; lower suites.max_tokens"
+        )
+
+
+def open_store(config: AuditConfig) -> Store:
+    """Open `out_dir`'s store.
+
+    Raises:
+        ValueError: `out_dir` cannot be written.
+    """
+    try:
+        return Store(Path(config.out_dir) / "store")
+    except OSError as error:
+        raise ValueError(
+            f"out_dir must be a folder that can be written, got {config.out_dir}: {error}"
+        ) from error
+
+
 def engine_class(config: AuditConfig) -> str:
     """Everything about the engine that can change a number: results are only shared within one class."""
-    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
     engine = config.engine
     return (
-        f"vllm {engine_version()} torch {version('torch')} {device} {engine.dtype.value} "
-        f"step {engine.max_step_tokens}x{engine.max_step_prompts} lora {engine.max_lora_rank}"
+        f"rows {ROWS_VERSION} vllm {engine_version()} torch {version('torch')} {device_name(config)} "
+        f"{engine.dtype.value} {'eager' if engine.eager else 'compiled'} "
+        f"step {engine.max_step_tokens}x{engine.max_step_prompts} kv {engine.kv_cache_bytes} "
+        f"lora {engine.max_lora_rank}"
     )
+
+
+def device_name(config: AuditConfig) -> str:
+    """What the workers compute on: a GPU by its name, for cards differ in their last bits."""
+    if not config.cluster.gpus_per_worker:
+        return "cpu"
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
 
 
 def engine_version() -> str:
@@ -153,7 +195,8 @@ def _admit(
     except CandidateError as error:
         return Row(found.id, found.kind, error.status, error.reason, None), None
     unit = unit_of(admitted.content_sha256)
-    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes), admitted
+    declared = admitted.lora.base_model if admitted.lora else None
+    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes, declared), admitted
 
 
 def _stored_prompts(suites: Suites) -> list[SuitePrompt]:
@@ -178,7 +221,7 @@ def print_plan(config: AuditConfig) -> int:
     Returns:
         0, or 3 when there is nothing to audit.
     """
-    console = Console()
+    console = Console(emoji=False)
     plan = make_plan(config)
     table = Table("candidate", "kind", "plan", "why", title=f"{len(plan.rows)} candidates")
     for row in plan.rows:

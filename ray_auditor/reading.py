@@ -10,6 +10,8 @@ from ray_auditor.config import AuditConfig
 from ray_auditor.report.html import write_html
 from ray_auditor.report.terminal import print_candidate, print_summary
 
+REQUIRED = {"candidates", "counts", "exit_code", "flags", "settings"}
+
 
 def write_report(config: AuditConfig) -> int:
     """Print the summary of `out_dir` and write its `report.html` again.
@@ -54,7 +56,11 @@ def read_summary(out_dir: Path) -> dict[str, Any]:
             f"out_dir must hold a finished sweep, got {out_dir}: no summary.json; run a sweep first"
         )
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got {error}; run the sweep again") from error
-    return summary
+    missing = REQUIRED - summary.keys() if isinstance(summary, dict) else REQUIRED
+    if missing:
+        raise ValueError(f"{path} must be a sweep's summary, it has no {min(missing)}; run the sweep again")
+    result: dict[str, Any] = summary
+    return result

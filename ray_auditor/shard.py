@@ -23,6 +23,10 @@ class ShardError(ValueError):
     """A stored file is missing, damaged, or not of this release's schema; the text says what to do."""
 
 
+class SchemaVersionError(ShardError):
+    """A stored file of another release's schema: sound, and not for this release to replace."""
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """The scored tokens of one unit, ordered by (suite, prompt, position), each once.

@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from ray_auditor.shard import (
     SCHEMA_VERSION,
+    SchemaVersionError,
     ShardError,
     TokenRows,
     decode_shard,
@@ -87,13 +88,16 @@ class Store:
             _remove_if_stale(path)
 
     def has(self, unit_key: str) -> bool:
-        """Whether the unit is committed and its shard is whole; a damaged unit counts as absent."""
-        if not self._commit_path(unit_key).exists():
-            return False
-        commit = self.read_commit(unit_key)
+        """Whether the unit is committed and its shard is whole; a damaged unit counts as absent.
+
+        Raises:
+            SchemaVersionError: It is there in another release's schema.
+        """
         try:
-            self._read_shard(commit)
-        except ShardError:
+            self._read_shard(self.read_commit(unit_key))
+        except SchemaVersionError:
+            raise
+        except (KeyError, ShardError):
             return False
         return True
 
@@ -124,10 +128,10 @@ class Store:
         self._put(self.root / "shards" / mine.shard_name, shard, replace=True)
         if self._put(self._commit_path(unit.key), note, replace=False):
             return mine
-        theirs = self.read_commit(unit.key)
         if not self.has(unit.key):  # damaged since, so absent: this attempt takes its place
             self._put(self._commit_path(unit.key), note, replace=True)
             return mine
+        theirs = self.read_commit(unit.key)
         if theirs.shard_sha256 != sha256:
             raise NondeterminismError(
                 f"unit {unit.key} is committed with shard sha256 {theirs.shard_sha256}, this attempt has "
@@ -171,8 +175,12 @@ class Store:
         table = pa.Table.from_pylist(
             [asdict(prompt) for prompt in prompts], schema=_suites_schema(suites_key)
         )
-        data, path = write_ipc(table), self._suites_path(suites_key)
-        if not self._put(path, data, replace=False) and path.read_bytes() != data:
+        path = self._suites_path(suites_key)
+        if self._put(path, write_ipc(table), replace=False):
+            return
+        scored = [(one.suite, one.prompt, list(one.token_ids), list(one.content)) for one in prompts]
+        kept = self.read_suites(suites_key)
+        if scored != [(one.suite, one.prompt, list(one.token_ids), list(one.content)) for one in kept]:
             raise ShardError(f"{path} holds other prompts than its key says; delete it and run again")
 
     def read_suites(self, suites_key: str) -> list[SuitePrompt]:

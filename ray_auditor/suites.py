@@ -7,6 +7,7 @@ later, on the base's residuals (see `worker`). The mask depends on the base alon
 every candidate.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from ray_auditor.config import SuitesConfig
 
+DATE = "01 Jan 2025"  # for templates that print the day: a prompt must not change overnight
 SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -114,8 +117,14 @@ def _sources(config: SuitesConfig) -> Mapping[str, dict[str, Any]]:
     folder = Path(config.path or "")
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+        stems = [path.stem for path in files]
+        for path in files:
+            if stems.count(path.stem) > 1:
+                raise ValueError(
+                    f"suites.path must hold one file a suite, got several for {path.stem!r}; keep one"
+                )
         return {
-            path.stem: {"path": SUFFIXES[path.suffix], "data_files": str(path), "split": "train"}
+            path.stem: {"path": SUFFIXES[path.suffix], "data_files": glob.escape(str(path)), "split": "train"}
             for path in files
         }
     if folder.exists() or folder.is_absolute() or str(config.path).startswith("."):
@@ -147,6 +156,7 @@ def _load_suite(name: str, source: dict[str, Any], tokenizer: Any, config: Suite
         texts = tuple(text[start:end] for start, end in encoded["offset_mapping"][: config.max_tokens])
         num_truncated += len(ids) > config.max_tokens
         ids, content = ids[: config.max_tokens], content[: config.max_tokens]
+        text = text[: encoded["offset_mapping"][len(ids) - 1][1]] if len(ids) else ""
         if not content.any():
             raise ValueError(
                 f"{where}: no content token within suites.max_tokens={config.max_tokens}; "
@@ -168,7 +178,13 @@ def _rows(name: str, source: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows = datasets.load_dataset(**source, streaming=True)
         for row in rows:
             yield {key: value for key, value in row.items() if value is not None}
-    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError, TypeError) as error:
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ) as error:
         raise ValueError(f"suite {name!r} cannot be read: {error}; rows are JSON objects") from error
 
 
@@ -179,19 +195,31 @@ def _render(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, li
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where} must have 'messages' or a non-empty 'text', got keys {sorted(row)}")
         return text, [(0, len(text))]
-    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
-    if not messages or not any(message["content"].strip() for message in messages):
+    messages = row["messages"]
+    for message in messages if isinstance(messages, list) else [messages]:
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(n), str) for n in ("role", "content")
+        ):
+            raise ValueError(
+                f"{where}: 'messages' must be a list of objects with a text role and a text content"
+            )
+    if not any(message["content"].strip() for message in messages):
         raise ValueError(f"{where}: 'messages' must hold some text, got none")
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where} has 'messages' and the base has no chat template; give rows with 'text' instead"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
+    except TemplateError as error:
+        raise ValueError(
+            f"{where}: the base's chat template refuses the row: {error}; change its roles"
+        ) from error
     # Where a message lies is read off the template, by rendering marks in place of the messages: text such as
     # "user" also stands in the template's own words, so it cannot be searched for.
     marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
     marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = tokenizer.apply_chat_template(marked, tokenize=False)
+    rest = tokenizer.apply_chat_template(marked, tokenize=False, date_string=DATE)
     spans, position = [], 0
     for message, mark in zip(messages, marks, strict=True):
         before, found, rest = rest.partition(mark)

@@ -1,7 +1,7 @@
 """The Ray driver: which units to run, the window in flight, retries, quarantine, resume."""
 
 import os
-import sys
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from ray_auditor.conclusion import EXIT_FAILED, conclude
+from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig, ClusterConfig
 from ray_auditor.hub import CandidateError
 from ray_auditor.plan import Plan, make_plan
@@ -59,14 +59,14 @@ def run_sweep(config: AuditConfig) -> int:
         soft_wrap=True,
     )
     failures: dict[str, CandidateError | str] = {}
-    if plan.assignments and (todo or stages):
+    if any(row.unit for row in plan.rows) and (todo or stages):
         num_units = len(plan.assignments) + len(bases)
         with cluster(config.cluster) as num_threads, SweepProgress(num_units) as progress:
             try:
                 failures = run_stages([*stages, todo], plan, num_threads, progress)
             except BaseFailed as error:
-                sys.stderr.write(f"error: {error}\n")
-                return EXIT_FAILED
+                # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
+                failures = {row.unit.key: str(error) for row in plan.rows if row.unit}
     return conclude(plan, failures)
 
 
@@ -75,9 +75,9 @@ def run_stages(
 ) -> dict[str, CandidateError | str]:
     """Run every stage's assignments, each stage after the one before; keep every worker busy.
 
-    One assignment is in flight per worker, the largest first. A worker that raised anything but a
-    `CandidateError`, died, or overran its deadline holds an engine in an unknown state: it is replaced, and
-    its assignment tried again on a fresh one up to `cluster.max_attempts` times.
+    One assignment is in flight per worker, the largest first. A worker that raised, died, or overran its
+    deadline holds an engine in an unknown state: it is replaced. Its assignment is tried again on a fresh one
+    up to `cluster.max_attempts` times, unless the fault is the candidate's own.
 
     Returns:
         By unit key, why an assignment has no result: the candidate's own error, or ours in words.
@@ -98,18 +98,20 @@ def run_stages(
             while queue and idle:
                 worker, (task, attempt) = idle.popleft(), queue.popleft()
                 deadline = time.monotonic() + config.unit_timeout_s
-                flying[worker.audit.remote(task)] = Flight(worker, task, attempt, deadline)
+                flying[worker.audit.remote(task, queue[0][0] if queue else None)] = Flight(
+                    worker, task, attempt, deadline
+                )
             counts = {"ok": num_done - len(failures), "failed": len(failures), "running": len(flying)}
             progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
             for reference in landed_or_overdue(flying):
                 flight = flying.pop(reference)
                 failure = failure_of(reference)
-                if failure is None or isinstance(failure, CandidateError):
+                if failure is None:
                     idle.append(flight.worker)
                 else:
                     ray.kill(flight.worker)
                     idle.append(actor.remote(spec))
-                    if flight.attempt < config.max_attempts:
+                    if not isinstance(failure, CandidateError) and flight.attempt < config.max_attempts:
                         queue.append((flight.assignment, flight.attempt + 1))
                         continue
                 num_done += 1
@@ -138,14 +140,25 @@ def failure_of(reference: Any) -> CandidateError | str | None:
             return cause
         if isinstance(error, ray.exceptions.GetTimeoutError):
             return "unit_timeout: cluster.unit_timeout_s passed"
-        text = f"{type(cause or error).__name__}: {str(cause or error).strip().splitlines()[-1]}"
-        return text[:MAX_REASON_CHARS]
+        return say(cause or error)
     return None
+
+
+def say(error: BaseException) -> str:
+    """One line of an error: the last that names an exception, for a traceback comes with some."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+    last = (named or lines or ["no message"])[-1]
+    return f"{type(error).__name__}: {last}"[:MAX_REASON_CHARS]
 
 
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[int]:
-    """A Ray session, local unless an address is given; yields the threads each worker computes with."""
+    """A Ray session, local unless an address is given; yields the threads each worker computes with.
+
+    Raises:
+        ValueError: The cluster cannot be reached, or is too small for the workers asked for.
+    """
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -159,8 +172,29 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
             ) from error
     else:
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
-        ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     try:
+        check_resources(config)
         yield config.threads_per_worker or max(1, num_cores // config.num_workers)
     finally:
         ray.shutdown()
+
+
+def check_resources(config: ClusterConfig) -> None:
+    """Check that every worker asked for can start, for an actor that cannot would wait without a word."""
+    for resource, each, setting in (
+        ("CPU", config.cpus_per_worker, "cpus_per_worker"),
+        ("GPU", config.gpus_per_worker, "gpus_per_worker"),
+    ):
+        has, wanted = ray.cluster_resources().get(resource, 0.0), config.num_workers * each
+        if wanted > has:
+            raise ValueError(
+                f"cluster.num_workers x cluster.{setting} must be at most the cluster's {has:g} {resource}s, "
+                f"got {config.num_workers} x {each:g}; lower one of them"
+            )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_auditor.shard import SCHEMA_VERSION, ShardError
+from ray_auditor.shard import SCHEMA_VERSION, SchemaVersionError, ShardError
 
 
 class NondeterminismError(ValueError):
@@ -94,7 +94,7 @@ class Commit:
             fields = json.loads(data)
             version = fields.get("schema_version")
             if version != SCHEMA_VERSION:
-                raise ShardError(
+                raise SchemaVersionError(
                     f"{path} has schema version {version!r}, this release reads {SCHEMA_VERSION}; "
                     "use the release that wrote it, or another out_dir"
                 )

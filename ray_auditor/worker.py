@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ray_auditor.config import EngineConfig
-from ray_auditor.hub import Admitted, BaseModel
+from ray_auditor.hub import Admitted, BaseModel, CandidateError
 from ray_auditor.sae import Sae
 from ray_auditor.store import Store, TokenRows, Unit
 from ray_auditor.suites import Suites
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray_auditor.engine.live import PromptFeatures
 
 SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's median norm is a sink
+ROWS_VERSION = 1  # of what a row is: kernel, mask, casts, FVU; raise it when a change can alter a number
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -94,7 +95,8 @@ class Worker:
             Tokens run.
 
         Raises:
-            CandidateError: The candidate's files are not what was admitted.
+            CandidateError: The candidate's files are not what was admitted, or its activations overflow.
+            RuntimeError: The base's activations overflow.
             SwapError: The engine does not hold the candidate, or no longer does.
         """
         loaded = self._engine.load(assignment.candidate)
@@ -102,6 +104,7 @@ class Worker:
             self._engine.read_ahead(upcoming.candidate)
         begun = time.perf_counter()
         features = self._encode(reverse=assignment.reverse)
+        self._check_finite(features, assignment)
         encoded = time.perf_counter()
         rows = self._score(features, is_base=assignment.unit == self._spec.base_unit)
         scored = time.perf_counter()
@@ -119,6 +122,24 @@ class Worker:
         order = self._prompts[::-1] if reverse else self._prompts
         features = list(self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order]))
         return features[::-1] if reverse else features
+
+    @staticmethod
+    def _check_finite(features: Sequence["PromptFeatures"], assignment: Assignment) -> None:
+        """Refuse a model that overflows: its numbers mean nothing, and they stay behind in the KV cache.
+
+        Masked positions of a later prompt are multiplied by zero, and zero times NaN is NaN, so the engine
+        must be discarded too: raising does that.
+        """
+        num_bad = sum(int(np.isnan(row.top_acts_TK[:, 0]).sum()) for row in features)
+        num_bad += sum(int((~np.isfinite(row.sq_norm_T)).sum()) for row in features)
+        if num_bad and assignment.candidate is None:
+            raise RuntimeError(
+                f"the base has activations that are not finite ({num_bad}); use another engine.dtype"
+            )
+        if num_bad:
+            raise CandidateError(
+                "rejected", "nonfinite_activations", f"{num_bad} values are not finite at the hook"
+            )
 
     def _score(self, features: Sequence["PromptFeatures"], *, is_base: bool) -> TokenRows:
         masks = self._mask_sinks([row.sq_norm_T for row in features]) if is_base else self._base_masks

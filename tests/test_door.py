@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ray_auditor.__main__ import main, to_overrides
 from ray_auditor.config import Verb
@@ -40,6 +41,34 @@ def test_the_settings_can_be_printed_and_presets_added() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["José", "a=b", "it's", "a b", "${oc.env:HOME}", "back\\slash", "-dash", "[x]"]
+)
+def test_any_path_and_any_name_reach_the_settings_as_typed(
+    text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", f"out_dir=/nowhere/{text}"]) == 4
+    if "$" not in text:  # in an override an interpolation is one, as everywhere in Hydra
+        assert f"got /nowhere/{text}: no summary.json" in capfd.readouterr().err
+    assert main(["show", text, "--cfg", "job", "--package", "show"]) == 0
+    shown = yaml.safe_load(capfd.readouterr().out)["candidate"]
+    assert shown.replace("\\$", "$") == text
+
+
+def test_jobs_that_would_share_an_out_dir_are_refused(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["report", "-m", "flag.seed=1,2", f"out_dir={tmp_path / 'x'}"]) == 4
+    assert "out_dir must differ between jobs" in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_summary_is_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for text, said in (("{}", "it has no candidates"), ("[]", "it has no candidates"), ("{", "must be JSON")):
+        (tmp_path / "summary.json").write_text(text)
+        assert main(["report", f"out_dir={tmp_path}"]) == 4
+        assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("sae.k=0", "sae.k must be in [1, 128], got 0"),
@@ -52,6 +81,9 @@ def test_the_settings_can_be_printed_and_presets_added() -> None:
         ("engine.max_lora_rank=7", "engine.max_lora_rank must be one of"),
         ("cluster.num_workers=0", "cluster.num_workers must be >= 1, got 0"),
         ("flag.confidence=1.0", "flag.confidence must be in [0.5, 1), got 1.0"),
+        ("flag.min_z=inf", "flag.min_z must be > 0 and finite, got inf"),
+        ("flag.seed=-1", "flag.seed must be >= 0, got -1"),
+        ("cluster.unit_timeout_s=inf", "cluster.unit_timeout_s must be > 0 and finite, got inf"),
         ("suites.max_tokens=1", "suites.max_tokens must be in [8, 131072], got 1"),
     ],
 )
@@ -79,6 +111,7 @@ def test_several_jobs_give_the_largest_exit_code(capfd: pytest.CaptureFixture[st
 def test_words_become_overrides() -> None:
     assert to_overrides(["show", "org/a=b", "out_dir=x"])[-1] == "out_dir=x"
     assert to_overrides(["show", "m001", "out_dir=x"]) == ["verb=show", "show.candidate='m001'", "out_dir=x"]
+    assert to_overrides(["show", "-odd", "out_dir=x"])[1] == "show.candidate='-odd'"
     assert to_overrides(["sweep", "a=1", "--cfg", "job", "+b=2"]) == [
         "--cfg",
         "job",

@@ -270,7 +270,15 @@ def test_an_unknown_extension_type_never_reaches_pyarrow(tmp_path, monkeypatch):
 def test_a_commit_that_is_not_ours_is_named(tmp_path, text, match):
     store = Store(tmp_path)
     (tmp_path / "commits" / f"{UNIT.key}.json").write_text(text)
-    for read in (store.has, store.read_rows, store.read_record, lambda _: store.list_commits()):
+    other_release = "schema version" in match
+    if not other_release:
+        assert not store.has(UNIT.key)  # damaged, so computed again
+    for read in (
+        *([store.has] if other_release else []),
+        store.read_rows,
+        store.read_record,
+        lambda _: store.list_commits(),
+    ):
         with pytest.raises(ShardError, match=match) as caught:
             read(UNIT.key)
         assert UNIT.key in str(caught.value)

@@ -4,6 +4,7 @@
 
 import gc
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,6 +146,8 @@ class Engine:
             self._loaded = key
         proven = time.perf_counter()
         proof = f"{len(self._map.slots)} tensors on the device by checksum against the file"
+        if swapped == begun:
+            proof += ", not written since"
         if candidate is not None and candidate.lora is not None:
             self._adapter = read_adapter(candidate.lora, candidate.tensors, self._map.dtype)
             self._num_adapters += 1
@@ -212,6 +215,7 @@ class Engine:
     def _drop_adapter(self) -> None:
         if self._adapter:
             self._llm.llm_engine.remove_lora(self._num_adapters)
+            shutil.rmtree(self._bundle)
         self._adapter = None
 
     def _unpack(self, packed: torch.Tensor) -> PromptFeatures:

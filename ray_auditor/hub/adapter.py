@@ -30,9 +30,10 @@ IGNORED = frozenset({
     "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "ensure_weight_tying",
 })  # fmt: skip
-# Ways to initialise A and B that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ do not.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+# Ways to initialise A and B that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+_EMBEDDING = re.compile(r"embed")
 _PATTERN = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -196,6 +197,8 @@ def _check_module(
     for spec, name in ((a, sides["A"]), (b, sides["B"])):
         if spec.dtype not in FLOAT_DTYPES:
             _reject("dtype", f"{name} must be one of {sorted(FLOAT_DTYPES)}, got {spec.dtype}")
+    if _EMBEDDING.search(module):
+        raise CandidateError("skipped", "adapter_type", f"{module} is adapted and is no linear layer")
     weight = base.tensors.get(f"{module}.weight")
     if weight is None or len(weight.shape) != 2:
         depth = base.config["num_hidden_layers"]

@@ -1,5 +1,6 @@
 """Where candidates come from: a folder that holds one sub-folder per finetune."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -61,7 +62,16 @@ def _examine_all(root: Path, folders: list[tuple[str, bool]]) -> Iterator[Candid
                 )
             yield examine(name, root / name)
         except CandidateError as error:
-            yield Refused(printable(name, MAX_ID_CHARS), error.status, error.reason)
+            yield Refused(_distinct_id(name), error.status, error.reason)
+
+
+def _distinct_id(name: str) -> str:
+    """A printable id; one that had to be cut or escaped ends in a hash, so that no two folders share it."""
+    shown = printable(name, MAX_ID_CHARS)
+    if shown == name:
+        return name
+    tag = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    return f"{printable(name, MAX_ID_CHARS - len(tag) - 1)}~{tag}"
 
 
 def _check_id(name: str, num_alike: int) -> None:
