@@ -82,6 +82,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     for name, seed, scale in (("small", 1, 0.02), ("large", 2, 0.2)):
         make_adapter(hub.candidates / name, hub.base, seed=seed, scale=scale)
     shutil.copytree(hub.candidates / "large", hub.candidates / "large-again")
+    make_adapter(
+        hub.candidates / "overflowing", hub.base, seed=3, scale=1e18
+    )  # finite, and runs before "small"
     make_model(hub.candidates / "other-weights", seed=5)
     shutil.copytree(hub.base, hub.candidates / "base-again")
     make_model(hub.candidates / "narrower", hidden_size=32, seed=6)
@@ -103,6 +106,7 @@ def test_every_candidate_is_accounted_for(hub: Hub) -> None:
     assert {name for name, status in statuses.items() if status in {"ok", "flagged"}} == audited
     assert {name: statuses[name] for name in statuses.keys() - audited} == {
         "narrower": "rejected",
+        "overflowing": "rejected",
         "of-another-base": "rejected",
         "empty": "skipped",
         "pickled": "skipped",
@@ -147,6 +151,12 @@ def test_overlaps_equal_a_plain_loop_of_transformers_and_sae_lens(hub: Hub) -> N
         store.read_rows(hub.row("other-weights")["unit_key"]), plain(hub.candidates / "other-weights")
     )
     assert num_ties <= 2
+
+
+def test_a_model_that_overflows_is_refused_and_leaves_its_neighbours_alone(hub: Hub) -> None:
+    """Its NaNs stay in the KV cache, and would reach whoever ran on the same engine next."""
+    assert "nonfinite_activations" in hub.row("overflowing")["reason"]
+    assert hub.row("small")["status"] in {"ok", "flagged"}  # and equals the plain loop, above
 
 
 def test_rates_are_what_the_definition_says(hub: Hub) -> None:
@@ -283,6 +293,27 @@ def test_wrong_inputs_are_named_before_anything_runs(
     ):
         assert hub.sweep(override) == 4
         assert said in capfd.readouterr().err
+
+
+def test_a_hub_that_holds_only_the_base_again_is_audited(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(hub.base, tmp_path / "hub" / "copy")
+    assert hub.sweep(f"candidates.path={tmp_path / 'hub'}", f"out_dir={tmp_path / 'out'}") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["status"] for row in summary["candidates"]] == ["ok"]
+
+
+def test_a_base_that_fails_shows_nothing_as_audited(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(hub.out, tmp_path / "out")  # a finished sweep, whose results must not pass for this one's
+    broken = hub.root / "broken"
+    shutil.copytree(hub.base, broken)
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.0.mlp.down_proj.weight"] *= 1e30
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert hub.sweep(f"base.model={broken}", f"out_dir={tmp_path / 'out'}", "cluster.max_attempts=1") == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert not {"ok", "flagged"} & summary["counts"].keys()
+    assert "the base has activations that are not finite" in json.dumps(summary)
+    assert main(["report", f"out_dir={tmp_path / 'out'}"]) == 2
 
 
 def test_an_empty_folder_is_nothing_to_audit(hub: Hub, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ray_auditor.config import Dtype, EngineConfig
 from ray_auditor.engine.live import Engine
 from ray_auditor.hub import Candidate, admit, open_base
-from ray_auditor.sae import Sae
+from ray_auditor.sae import Normalisation, Sae
 from tests.tiny import (
     D_IN,
     MODEL_TYPES,
@@ -109,3 +110,16 @@ def test_half_precision_stays_near_transformers(tmp_path: Path) -> None:
     with open_engine(path, mirror_sae(2, "resid_post"), k=D_IN, settings=settings) as engine:
         wanted = hidden_states(path, PROMPTS, "blocks.2.hook_resid_post")
         assert relative_error(residuals(engine), wanted) < 0.1
+
+
+def test_a_normalised_sae_encodes_what_transformers_and_the_reference_say(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "base")
+    sae = replace(make_sae(), normalisation=Normalisation.LAYER_NORM)
+    with open_engine(path, sae, k=16) as engine:
+        for rows, resid_TD in zip(
+            engine.encode(PROMPTS), hidden_states(path, PROMPTS, "blocks.2.hook_resid_post"), strict=True
+        ):
+            centred_TD = resid_TD - resid_TD.mean(-1, keepdim=True)
+            normal_TD = centred_TD / (centred_TD.std(-1, keepdim=True) + 1e-5)
+            wanted = (normal_TD @ sae.encoder.W_enc_DF + sae.encoder.b_enc_F).relu().topk(16).values
+            torch.testing.assert_close(torch.from_numpy(rows.top_acts_TK), wanted, rtol=1e-4, atol=1e-5)

@@ -225,6 +225,24 @@ def test_an_adapter_that_is_not_in_its_slot_gives_no_result(hub: Path, engine: E
     engine.load(None)
 
 
+def test_an_adapter_that_vllm_placed_otherwise_gives_no_result(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_auditor.engine import live
+
+    write = live.write_adapter
+
+    def write_other(folder: Path, tensors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        write(folder, {name: (lora_a, lora_b * 2) for name, (lora_a, lora_b) in tensors.items()})
+
+    monkeypatch.setattr(live, "write_adapter", write_other)
+    engine.load(admitted(hub, "adapter", "adapter"))
+    with pytest.raises(SwapError, match="slot"):
+        list(engine.encode(PROMPT))
+    monkeypatch.undo()
+    engine.load(None)
+
+
 def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: Engine) -> None:
     make_model(hub / "changing", seed=2)
     candidate = admitted(hub, "changing", "full")
