@@ -4,15 +4,13 @@ Usage: `python benchmarks/bench_sweep.py [--shape NAME] [--dtype bfloat16] [--pr
 the repository's root and `kernels/` on PYTHONPATH. Weights are random at the true shape; Ray is left out.
 """
 
-# Shape suffixes: B prompts of a batch, T tokens of a prompt, D = d_in, F = d_sae, K = kept features.
-
 import argparse
 import json
 import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from plain_loop import DEVICE, Naive, dense_encoder
 from safetensors.torch import load_file
 from sweep_models import (
     LORA_RANK,
@@ -37,13 +36,13 @@ from torch import Tensor
 
 from ray_auditor.config import Dtype, EngineConfig
 from ray_auditor.hub import Admitted, open_base
+from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.sae import Sae
 from ray_auditor.store import Unit
 from ray_auditor.worker import Assignment, Worker, WorkerSpec
 
 GATE_PROMPTS = 6
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Batch = tuple[list[int], Tensor, Tensor]
+READERS = 4  # as many as the engine starts at most
 
 
 def sync() -> float:
@@ -60,49 +59,6 @@ def timed(call: Callable[[], object], repeats: int = 1) -> float:
         call()
         found.append(sync() - begun)
     return statistics.median(found)
-
-
-class Naive:
-    """What one would write first: transformers, a hook, a dense fp32 encode as sae-lens does, torch.topk."""
-
-    def __init__(self, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtype) -> None:
-        from transformers import AutoModel
-
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
-        layer = self.model.layers[shape.num_layers - 1]
-        layer.register_forward_hook(lambda *call: setattr(self, "resid", call[2]))
-        self.encode = sae
-
-    def rows(self, prompts: list[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Numbers of the prompts in a batch, their top activations and indices [B, T, K] on the host."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = max(len(prompts[i]) for i in batch)
-            ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in batch], device=DEVICE)
-            mask = torch.tensor([[t < len(prompts[i]) for t in range(longest)] for i in batch], device=DEVICE)
-            with torch.no_grad():
-                self.model(ids, attention_mask=mask.long(), use_cache=False)
-                resid_BTD = self.resid[0] if isinstance(self.resid, tuple) else self.resid
-                acts, idx = self.encode(resid_BTD).topk(K, dim=-1)
-            yield batch, acts.cpu(), idx.cpu()
-
-
-def dense_encoder(sae: Sae) -> Callable[[Tensor], Tensor]:
-    """sae-lens' own `encode` where it is installed, else the same sums written out; fp32."""
-    encoder = sae.encoder
-    weights = {
-        "W_enc": encoder.W_enc_DF.to(DEVICE).contiguous(),
-        "b_enc": encoder.b_enc_F.to(DEVICE),
-        "b_dec": encoder.b_dec_D.to(DEVICE),
-    }
-    try:
-        from sae_lens import StandardSAE, StandardSAEConfig
-    except ImportError:
-        return lambda x: torch.relu((x.float() - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"])
-    oracle = StandardSAE(StandardSAEConfig(d_in=sae.d_in, d_sae=sae.d_sae, device=DEVICE))
-    oracle.load_state_dict(weights | {"W_dec": encoder.W_dec_FD.to(DEVICE)})
-    return lambda x: oracle.encode(x.float())
 
 
 def overlap(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -131,16 +87,19 @@ def gate(worker: Worker, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtyp
     return found
 
 
-def ceilings(folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do: matrix products, reading a file that is in the page cache."""
+def ceilings(candidate: Admitted, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine can do: matrix products; reading files that lie in the page cache."""
     size = 8192 if DEVICE == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
     torch.mm(a, b)
-    path = folder / "model.safetensors"
-    read = timed(lambda: path.read_bytes(), 2)
+    specs = candidate.tensors
+    with ThreadPoolExecutor(READERS) as pool:
+        read = timed(
+            lambda: list(pool.map(lambda name: sum(1 for _ in iter_tensors(specs, [name])), specs)), 3
+        )
     return {
         "gemm_flops": 2 * size**3 / timed(lambda: torch.mm(a, b), 7),
-        "read_bytes_per_s": path.stat().st_size / read,
+        "read_bytes_per_s": sum(spec.end - spec.start for spec in specs.values()) / read,
     }
 
 
@@ -169,6 +128,7 @@ def audit_all(worker: Worker, found: list[Admitted], unit: Callable[[str], Unit]
         total = sync() - begun
         parts = worker._store.read_record(task.unit.key)["seconds"]
         table.append({"total": total, **parts, "write": total - sum(parts.values())})
+        print(task.name, {name: round(value, 3) for name, value in table[-1].items()}, flush=True)
     return table
 
 
@@ -232,7 +192,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         peak["device_bytes"] = torch.cuda.max_memory_allocated()
     worker._engine.load(None)
     bare = bare_seconds(worker, 3)
-    limits = ceilings(fulls[0], dtype)
+    limits = ceilings(full[0], dtype)
     worker._engine.close()
 
     prompts = [prompt.token_ids.tolist() for suite in suites.suites for prompt in suite.prompts]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ray_auditor.engine.live import PromptFeatures
 
 SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's median norm is a sink
-ROWS_VERSION = 1  # of what a row is: kernel, mask, casts, FVU; raise it when a change can alter a number
+ROWS_VERSION = 2  # of what a row is: kernel, mask, casts, FVU; raise it when a change can alter a number
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -120,7 +120,7 @@ class Worker:
 
     def _encode(self, *, reverse: bool) -> list["PromptFeatures"]:
         order = self._prompts[::-1] if reverse else self._prompts
-        features = list(self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order]))
+        features = self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order])
         return features[::-1] if reverse else features
 
     @staticmethod
@@ -148,10 +148,10 @@ class Worker:
             for (suite_id, number, _), row in zip(self._prompts, features, strict=True)
         ]
         counts = [len(positions) for _, _, positions, _ in picked]
-        return TokenRows.from_unsorted(
-            np.repeat([suite_id for suite_id, *_ in picked], counts),
-            np.repeat([number for _, number, *_ in picked], counts),
-            np.concatenate([positions for _, _, positions, _ in picked]),
+        return TokenRows(  # prompts come in the order of their numbers, and features in that of their indices
+            np.repeat(np.array([suite_id for suite_id, *_ in picked], np.int16), counts),
+            np.repeat(np.array([number for _, number, *_ in picked], np.int32), counts),
+            np.concatenate([positions for _, _, positions, _ in picked]).astype(np.int32),
             np.concatenate([row.top_idx_TK[positions] for *_, positions, row in picked]),
             np.concatenate([row.top_acts_TK[positions] for *_, positions, row in picked]),
             np.concatenate([row.fvu_error_T[positions] for *_, positions, row in picked]),

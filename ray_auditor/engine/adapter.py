@@ -91,11 +91,12 @@ def _holds(slot: Tensor, wanted: Tensor) -> Tensor:
 
 
 class OneAdapter:
-    """vLLM's adapter arithmetic on a CPU, for an engine of one slot whose batches never mix adapters.
+    """vLLM's adapter arithmetic for an engine of one slot whose batches never mix adapters.
 
-    vLLM's own CPU path gathers the adapter's matrices once per token, and gives base rows the last slot's
-    adapter when a batch mixes them. With one slot, and every row of a call under the same adapter or none,
-    the same sum is two small matrix products. On a GPU vLLM's Triton kernels are left in place.
+    vLLM's own picks an adapter per token. On a CPU it gathers the adapter's matrices once per token, and
+    gives base rows the last slot's adapter when a batch mixes them; on a GPU its kernels are made for
+    decoding. With one slot, and every row of a call under the same adapter or none, the same sum is two
+    small matrix products.
     """
 
     def __init__(self, wrapper: Any) -> None:
@@ -119,8 +120,8 @@ class OneAdapter:
             return
         start = 0
         for slot_a, slot_b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            if slot_b[0, 0].any():
-                y[:, start : start + width] += (x @ slot_a[0, 0].T) @ slot_b[0, 0].T * scale
+            if x.is_cuda or slot_b[0, 0].any():  # on a GPU asking would cost more than the products
+                y[:, start : start + width].addmm_(x @ slot_a[0, 0].T, slot_b[0, 0].T, alpha=scale)
             start += width
 
     def add_lora_embedding(
@@ -130,7 +131,7 @@ class OneAdapter:
 
 
 def install_one_adapter(model: nn.Module) -> None:
-    """Put `OneAdapter` before vLLM's arithmetic in every adapter layer of a CPU engine."""
+    """Put `OneAdapter` before vLLM's arithmetic in every adapter layer of an engine that is not compiled."""
     for layer in model.modules():
         if hasattr(layer, "lora_a_stacked"):
             setattr(layer, "punica_wrapper", OneAdapter(layer.punica_wrapper))  # noqa: B010 (no parameter)

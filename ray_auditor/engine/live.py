@@ -1,18 +1,18 @@
 """One live vLLM engine, cut at the hook: load a candidate, prove it, stream its features."""
 
-# Shape suffixes: T tokens of one prompt, K = kept features.
+# Shape suffixes: N packed tokens, T tokens of one prompt, K = kept features.
 
 import gc
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ray_auditor.config import EngineConfig
@@ -33,14 +33,15 @@ from ray_auditor.sae import Sae
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", USE_HUB_KERNELS="0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # nothing is sampled
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 class PromptFeatures(NamedTuple):
     """The engine's rows of one prompt, one a token, on the host."""
 
-    top_acts_TK: NDArray[np.float32]  # descending; 0 where inactive; NaN where the residual is not finite
-    top_idx_TK: NDArray[np.int32]  # -1 where inactive
+    top_acts_TK: NDArray[np.float32]  # in the order of the indices; NaN where the residual is not finite
+    top_idx_TK: NDArray[np.int32]  # ascending; -1 where inactive, last
     fvu_error_T: NDArray[np.float32]
     fvu_total_T: NDArray[np.float32]
     sq_norm_T: NDArray[np.float32]  # squared norm of the residual
@@ -76,7 +77,7 @@ class Engine:
         """
         from vllm import LLM
 
-        from ray_auditor.engine.model import MODEL_INPUTS, ModelInputs, register_residual_model
+        from ray_auditor.engine.model import MODEL_INPUTS, FeaturePool, ModelInputs, register_residual_model
 
         check_fit(base, sae, k)
         num_layers = num_layers_of(sae)
@@ -116,8 +117,9 @@ class Engine:
         model = self._inputs.model
         assert model is not None
         self._model = model
+        self._pool = cast(FeaturePool, model.pooler.pooling)  # type: ignore[union-attr]
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
-        if next(model.parameters()).device.type == "cpu":
+        if config.eager:
             install_one_adapter(model)
         self._staging = Staging(self._map, config.read_ahead_bytes)
         self._loaded = base.content_sha256
@@ -170,29 +172,43 @@ class Engine:
             return self._base.content_sha256, self._base.tensors
         return candidate.content_sha256, candidate.tensors
 
-    def encode(self, prompts: Sequence[Sequence[int]]) -> Iterator[PromptFeatures]:
+    def encode(self, prompts: Sequence[Sequence[int]]) -> list[PromptFeatures]:
         """Run prompts of token ids through what was loaded; features come in the order of the prompts.
 
         Raises:
             SwapError: The adapter was not in its slot; nothing of this call may be kept.
         """
+        from vllm import PoolingParams
         from vllm.lora.request import LoRARequest
+
+        from ray_auditor.engine.model import FIRST_ROW
 
         request = None
         if self._adapter:
             request = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, str(self._bundle))
-        outputs = self._llm.encode(
+        *first_rows, num_tokens = accumulate(map(len, prompts), initial=0)
+        self._pool.open_table(num_tokens)
+        self._llm.encode(
             [{"prompt_token_ids": list(ids)} for ids in prompts],
+            [PoolingParams(task="token_embed", extra_kwargs={FIRST_ROW: row}) for row in first_rows],
             pooling_task="token_embed",
             lora_request=request,
             use_tqdm=False,
         )
+        table = self._pool.close_table().numpy()
         if self._adapter:
             prove_slot(self._model, self._adapter, self._map.packed)
-        for ids, output in zip(prompts, outputs, strict=True):
-            packed = output.outputs.data
-            assert packed.shape[0] == len(ids), f"{packed.shape[0]} rows for {len(ids)} tokens"
-            yield self._unpack(packed)
+        k = self._k
+        return [
+            PromptFeatures(
+                rows[:, :k],
+                rows[:, k : 2 * k].view(np.int32),
+                rows[:, 2 * k],
+                rows[:, 2 * k + 1],
+                rows[:, 2 * k + 2],
+            )
+            for rows in np.split(table, first_rows[1:])
+        ]
 
     def close(self) -> None:
         """Shut vLLM down and free the device, so that another engine can start in this process."""
@@ -203,7 +219,7 @@ class Engine:
         self._staging.close()
         self._llm.llm_engine.engine_core.shutdown()
         MODEL_INPUTS.remove(self._inputs)
-        del self._llm, self._model, self._map, self._staging, self._inputs
+        del self._llm, self._model, self._pool, self._map, self._staging, self._inputs
         gc.collect()
         cleanup_dist_env_and_memory()
         self._bundles.cleanup()
@@ -217,14 +233,3 @@ class Engine:
             self._llm.llm_engine.remove_lora(self._num_adapters)
             shutil.rmtree(self._bundle)
         self._adapter = None
-
-    def _unpack(self, packed: torch.Tensor) -> PromptFeatures:
-        k = self._k
-        rows = packed.cpu().numpy()
-        return PromptFeatures(
-            np.ascontiguousarray(rows[:, :k]),
-            np.ascontiguousarray(rows[:, k : 2 * k]).view(np.int32),
-            rows[:, 2 * k].copy(),
-            rows[:, 2 * k + 1].copy(),
-            rows[:, 2 * k + 2].copy(),
-        )

@@ -14,7 +14,7 @@ from auditor_kernels import encode_topk, fvu_parts
 from torch import Tensor, nn
 from vllm.config import LoadConfig, ModelConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.pooler.tokwise.methods import AllPool
+from vllm.model_executor.layers.pooler.tokwise.methods import TokenPoolingMethod
 from vllm.model_executor.layers.pooler.tokwise.poolers import TokenPooler
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -25,6 +25,7 @@ from ray_auditor.hub import BaseModel
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.sae import Sae, normalise_resid
 
+FIRST_ROW = "first_row"  # a request's own entry in `PoolingParams.extra_kwargs`
 NUM_SCALARS = 3  # columns behind the 2 K of a packed row: FVU error, FVU total, squared residual norm
 
 
@@ -68,31 +69,63 @@ class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
 
 
-class FeaturePool(AllPool):  # type: ignore[misc]
-    """Encodes every scheduled chunk on the device; only `2 K + 3` numbers a token leave it."""
+class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
+    """Encodes every scheduled chunk on the device, into one table that leaves it once, at the end of a call.
+
+    vLLM would hand over a tensor a prompt, each with its own copy to the host. It gets an empty one instead.
+    """
 
     def __init__(self, sae: Sae, k: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.encoder = sae.encoder.to(device=device, dtype=dtype)
         self.normalisation = sae.normalisation
         self.k = k
+        self.table: Tensor | None = None
+        self.num_rows = 0
+
+    def open_table(self, num_tokens: int) -> None:
+        """Make room for the rows of a call; request `i` says in `FIRST_ROW` where its own begin."""
+        device = self.encoder.b_enc_F.device
+        self.table = torch.empty(num_tokens, 2 * self.k + NUM_SCALARS, device=device)
+        self.num_rows = 0
+
+    def close_table(self) -> Tensor:
+        """The call's rows `[acts K | idx K as int32 bits | error | total | |resid|^2]`, on the host."""
+        assert self.table is not None
+        table, self.table = self.table.cpu(), None
+        assert self.num_rows == len(table), f"{self.num_rows} rows came for {len(table)} tokens"
+        return table
 
     def get_supported_tasks(self) -> set[str]:
         """Token-wise outputs only."""
         return {"token_embed"}
 
     def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
-        """Pack `[acts K | idx K as int32 bits | error | total | |resid|^2]` per token, fp32."""
-        return super().forward(self.pack(hidden_states), pooling_metadata)  # type: ignore[no-any-return]
+        """Encode one step; nothing is kept of the passes vLLM makes for itself at start."""
+        packed = self.pack(hidden_states)
+        cursor = pooling_metadata.get_pooling_cursor()
+        counts, ends = cursor.num_scheduled_tokens_cpu, cursor.seq_lens_cpu
+        if self.table is not None:
+            first = torch.tensor(
+                [params.extra_kwargs[FIRST_ROW] for params in pooling_metadata.pooling_params]
+            )
+            shift = first + ends - counts.cumsum(0)
+            rows_N = torch.arange(len(packed)) + shift.repeat_interleave(counts)
+            self.table[rows_N.to(packed.device)] = packed
+            self.num_rows += len(packed)
+        return [torch.empty(0) if done else None for done in cursor.is_finished().tolist()]
 
     def pack(self, resid_ND: Tensor) -> Tensor:
-        """Encode residuals `[N, D]` to packed rows `[N, 2 K + 3]`, fp32."""
+        """Encode residuals `[N, D]` to table rows `[N, 2 K + 3]`, fp32, features by ascending index."""
         sq_norm_N1 = resid_ND.float().square().sum(-1, keepdim=True)
         resid_ND = normalise_resid(resid_ND, self.normalisation).to(self.encoder.W_enc_DF.dtype)
         top = encode_topk(resid_ND, self.encoder, k=self.k)
         error_N, total_N = fvu_parts(resid_ND, top, self.encoder)
-        idx_NK = top.top_idx_NK.view(torch.float32)
-        return torch.cat([top.top_acts_NK, idx_NK, error_N[:, None], total_N[:, None], sq_norm_N1], dim=-1)
+        inactive_last_NK = top.top_idx_NK.masked_fill(top.top_idx_NK < 0, torch.iinfo(torch.int32).max)
+        order_NK = inactive_last_NK.argsort(dim=-1)
+        acts_NK = top.top_acts_NK.gather(1, order_NK)
+        idx_NK = top.top_idx_NK.gather(1, order_NK).view(torch.float32)
+        return torch.cat([acts_NK, idx_NK, error_N[:, None], total_N[:, None], sq_norm_N1], dim=-1)
 
 
 @register_model_loader("ray_auditor")
