@@ -162,6 +162,7 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
     if config.address is not None:
         try:
             ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
