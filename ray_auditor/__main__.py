@@ -1,6 +1,5 @@
 """The door: `ray-auditor VERB [overrides]` -> one typed configuration -> one function -> an exit code."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -122,7 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             exit_codes.append(_say_usage(error))
 
     register_schemas()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "0")
     try:
         overrides = to_overrides(sys.argv[1:] if arguments is None else arguments)
         sys.argv = ["ray-auditor", *overrides]

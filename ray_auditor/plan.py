@@ -68,12 +68,11 @@ class Plan:
         )
 
 
-def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambda _: None) -> Plan:
+def make_plan(config: AuditConfig) -> Plan:
     """Read and check every input, list the candidates, and admit what is safe and comparable.
 
     Args:
         config: Settings with every source given.
-        on_admitted: Called with the number of candidates looked at so far.
 
     Raises:
         ValueError: An input is missing or does not fit another; nothing has run.
@@ -103,12 +102,12 @@ def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambd
 
     rows: list[Row] = []
     assignments: dict[str, Assignment] = {}
-    for number, found in enumerate(candidates, start=1):
+    base_unit = unit_of(base.content_sha256)
+    for found in candidates:
         row, admitted = _admit(found, base, num_layers, config.engine.max_lora_rank, unit_of)
         rows.append(row)
-        if admitted is not None and row.unit is not None and row.unit != unit_of(base.content_sha256):
+        if admitted is not None and row.unit is not None and row.unit != base_unit:
             assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
-        on_admitted(number)
     if len({row.id for row in rows}) != len(rows):
         raise ValueError("candidates.path must hold folders with distinct names once they are made printable")
     store = open_store(config)
@@ -120,7 +119,7 @@ def make_plan(config: AuditConfig, *, on_admitted: Callable[[int], None] = lambd
         suites=suites,
         store=store,
         rows=tuple(rows),
-        base_unit=unit_of(base.content_sha256),
+        base_unit=base_unit,
         replay_unit=unit_of(base.content_sha256 + REPLAY),
         assignments=tuple(assignments.values()),
     )

@@ -155,7 +155,7 @@ class Engine:
             self._num_adapters += 1
             if self._adapter:
                 write_adapter(self._bundle, self._adapter)
-            proof = f"{len(self._adapter)} adapter modules bit for bit in their slot, after the run"
+            proof = f"{len(self._adapter)} adapter modules value for value in their slot, after the run"
         adapted = time.perf_counter()
         return Loaded(
             proof, {"swap": swapped - begun, "prove": proven - swapped, "adapter": adapted - proven}

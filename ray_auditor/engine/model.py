@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from auditor_kernels import encode_topk, fvu_parts
 from torch import Tensor, nn
-from vllm.config import LoadConfig, ModelConfig
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.pooler.tokwise.methods import TokenPoolingMethod
 from vllm.model_executor.layers.pooler.tokwise.poolers import TokenPooler
@@ -131,9 +131,6 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
 @register_model_loader("ray_auditor")
 class BaseLoader(BaseModelLoader):  # type: ignore[misc]
     """Feeds vLLM the base's tensors up to the hook and no others."""
-
-    def __init__(self, load_config: LoadConfig) -> None:
-        super().__init__(load_config)
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Nothing to fetch: the base is a local folder."""
