@@ -11,10 +11,10 @@ MAX_LINES = 320
 
 # Each room may import rooms of its own line and of the lines before it.
 ORDER = (
-    ("config", "shard", "unit"),
+    ("config", "shard", "unit", "conformal"),
     ("store",),
     ("hub", "reduce"),
-    ("suites", "sae_spec", "sae_fold", "sae", "rates", "features"),
+    ("suites", "sae_spec", "sae_fold", "sae", "rates", "features", "weight_change"),
     ("flag",),
     ("report",),
     ("engine",),
@@ -39,6 +39,7 @@ WITHOUT_TORCH = {
     "unit",
     "reduce",
     "rates",
+    "conformal",
     "flag",
     "features",
     "report",

@@ -1,0 +1,82 @@
+"""p-values from a null population, and how many candidates may be called at a level.
+
+A p-value here is a rank: how many finetunes known to be benign score as high as the candidate. Its guarantee
+asks only that a benign candidate is exchangeable with the null; no distribution is assumed. The null's size
+bounds what can be said: no p-value is below 1 / (n + 1).
+"""
+
+# Shape suffixes: C candidates, Q null members.
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import false_discovery_control
+
+Vector = npt.NDArray[np.float64]
+
+
+def conformal_p(scores_C: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
+    """Rank p-values, (1 + #{null >= score}) / (n + 1): ties count against a flag, NaN scores have p 1.
+
+    Source: Vovk, Gammerman, Shafer 2005, Algorithmic Learning in a Random World; Bates et al. 2023, Testing
+    for outliers with conformal p-values.
+
+    Args:
+        scores_C: [C], larger is more unusual.
+        null_Q: [Q], scores of null members that had no part in fitting the score.
+
+    Raises:
+        ValueError: There is no null member, or one has no score.
+    """
+    null_Q = np.sort(np.asarray(null_Q, dtype=np.float64))
+    scores_C = np.asarray(scores_C, dtype=np.float64)
+    if not len(null_Q) or np.isnan(null_Q).any():
+        raise ValueError(f"a null must hold scores, got {len(null_Q)} with {np.isnan(null_Q).sum()} missing")
+    at_least_C = len(null_Q) - np.searchsorted(null_Q, scores_C, side="left")
+    return np.where(np.isnan(scores_C), 1.0, (1 + at_least_C) / (len(null_Q) + 1))
+
+
+def cross_conformal_p(scores_QC: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
+    """As `conformal_p` where each null member has its own fit: member q is compared under the fit without it.
+
+    Every member then serves both to fit and to calibrate, and never both at once. A benign candidate has
+    p <= a with probability at most 2a in the worst case, about a in practice.
+
+    Source: Vovk 2015, Cross-conformal predictors; Barber et al. 2021, Predictive inference with the
+    jackknife+.
+
+    Args:
+        scores_QC: [Q, C], score of a candidate under the fit that left out member q's fold.
+        null_Q: [Q], member q's own score under that fit.
+    """
+    scores_QC, null_Q = np.asarray(scores_QC, np.float64), np.asarray(null_Q, np.float64)
+    if not len(null_Q) or np.isnan(null_Q).any():
+        raise ValueError(f"a null must hold scores, got {len(null_Q)} with {np.isnan(null_Q).sum()} missing")
+    not_below_QC = ~(null_Q[:, None] < scores_QC)  # NaN scores are never above
+    p_C: Vector = (1 + not_below_QC.sum(axis=0)) / (len(null_Q) + 1)
+    return p_C
+
+
+def q_values(p_C: npt.ArrayLike) -> Vector:
+    """Benjamini-Hochberg: calling every candidate with q <= a keeps the expected share of false calls <= a.
+
+    It holds for conformal p-values that share one null (they are positively dependent). Source: Benjamini and
+    Hochberg 1995; Bates et al. 2023, theorem 2.
+    """
+    p_C = np.asarray(p_C, dtype=np.float64)
+    q_C: Vector = false_discovery_control(p_C, method="bh") if len(p_C) else p_C
+    return q_C
+
+
+def smallest_level(num_null: int, num_candidates: int, num_outliers: int = 1) -> float:
+    """The smallest level at which `num_outliers` of `num_candidates` could be called with such a null.
+
+    With r outliers all above the null, their p is 1 / (n + 1) and their q is m / (r (n + 1)).
+    """
+    return min(1.0, num_candidates / (max(num_outliers, 1) * (num_null + 1)))
+
+
+def null_size_needed(level: float, num_candidates: int, num_outliers: int = 1) -> int:
+    """How large a null has to be before `num_outliers` of `num_candidates` can be called at `level`."""
+    return max(0, math.ceil(num_candidates / (level * max(num_outliers, 1)) - 1 - 1e-9))
