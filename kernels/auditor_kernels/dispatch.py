@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from auditor_kernels import screened
 from auditor_kernels.encode_topk_ref import encode_topk_ref
 from auditor_kernels.weights import EncoderWeights, TopK, check_call
 
@@ -29,6 +30,7 @@ class Implementation(StrEnum):
     """How `encode_topk` can run; the values are what the override accepts."""
 
     REFERENCE = "reference"
+    SCREENED = "cpu-screened"
     ROWS = "triton-rows"
     FILTER = "triton-filter"
     GROUPS = "triton-groups"
@@ -50,7 +52,11 @@ def choose(
     if forced:
         return Implementation(forced), f"{OVERRIDE}={forced}"
     if device.type != "cuda":
-        return Implementation.REFERENCE, f"device is {device.type}"
+        if device.type != "cpu" or not screened.is_fast_here():
+            return Implementation.REFERENCE, f"device is {device.type}, no bfloat16 tiles (AMX)"
+        if not screened.takes(encoder, k):
+            return Implementation.REFERENCE, "device is cpu; two-sided, thresholds differ, or k is dense"
+        return Implementation.SCREENED, "device is cpu with bfloat16 tiles (AMX)"
     from auditor_kernels.designs import per_group  # Triton is imported on the first CUDA call only
 
     d_sae = encoder.W_enc_DF.shape[1]
@@ -103,6 +109,8 @@ def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Te
     which, _ = choose(resid_ND.device, resid_ND.dtype, num_tokens, encoder, k, hinted=hint_N is not None)
     if which is Implementation.REFERENCE or num_tokens == 0:
         return encode_topk_ref(resid_ND, encoder, k=k)
+    if which is Implementation.SCREENED:
+        return screened.encode_screened(resid_ND, encoder, k=k)
     # Kernels launch on the current device, whichever their arguments are on.
     with torch.cuda.device(resid_ND.device):
         launcher = launch(which, resid_ND, encoder, k, hint_N)

@@ -122,7 +122,7 @@ def stable_topk(score_CF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Scores that are not positive stand for inactive features: which of them fill a row is not defined.
     """
-    values_CM, idx_CM = _largest(score_CF, min(k + 1, score_CF.shape[1]))
+    values_CM, idx_CM = largest(score_CF, min(k + 1, score_CF.shape[1]))
     values_CM, order_CM = values_CM.sort(dim=1, descending=True)
     idx_CM = idx_CM.gather(1, order_CM)
     tied_C = ((values_CM[:, 1:] == values_CM[:, :-1]) & (values_CM[:, 1:] > 0)).any(1)
@@ -136,7 +136,7 @@ def stable_topk(score_CF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_CK, idx_CK
 
 
-def _largest(score_CF: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def largest(score_CF: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Values and indices of m largest elements per row, in no order, any of those that tie at the edge."""
     width = score_CF.shape[1]
     per_group = 32 if width > 128 * m else 8
@@ -146,11 +146,11 @@ def _largest(score_CF: Tensor, m: int) -> tuple[Tensor, Tensor]:
         return top.values, top.indices
     # Group g holds columns g, g + groups, g + 2 * groups, ...: its maximum is a vertical, vectorised pass.
     grouped = score_CF[:, : groups * per_group].view(-1, per_group, groups)
-    chosen_CM = _largest(grouped.amax(1), m)[1]
+    chosen_CM = largest(grouped.amax(1), m)[1]
     inside = grouped.gather(2, chosen_CM[:, None, :].expand(-1, per_group, -1)).flatten(1)
     if groups * per_group < width:
         inside = torch.cat([inside, score_CF[:, groups * per_group :]], dim=1)
-    values_CM, at_CM = _largest(inside, m)
+    values_CM, at_CM = largest(inside, m)
     row_in_group, column = at_CM // m, at_CM % m
     idx_CM = row_in_group * groups + chosen_CM.gather(1, column)
     if groups * per_group < width:

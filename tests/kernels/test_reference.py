@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from auditor_kernels import EncoderWeights, TopK, encode_topk, encode_topk_ref, fvu_parts
+from auditor_kernels import EncoderWeights, TopK, dispatch, encode_topk, encode_topk_ref, fvu_parts
 from auditor_kernels.encode_topk_ref import stable_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_oracle import assert_exact, make_encoder, pre_activations
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference_path():
+    """Whatever this processor would choose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(dispatch.OVERRIDE, "reference")
+        yield
 
 
 @given(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from auditor_kernels import describe_dispatch, dispatch, encode_topk, hopper
+from auditor_kernels import describe_dispatch, dispatch, encode_topk, hopper, screened
 from auditor_kernels.designs import capacity, chunk_tokens, per_group
 from auditor_kernels.dispatch import Implementation, choose
 from kernel_oracle import make_encoder
@@ -46,10 +46,11 @@ def test_workspace_is_bounded():
         assert size * 8 * capacity(k, d_sae) <= max(64 << 20, 0.051 * 2 * d_sae * 16384)
 
 
-def test_a_cpu_call_runs_the_reference_and_says_so():
+def test_a_cpu_call_runs_the_reference_and_says_so(monkeypatch):
+    monkeypatch.setattr(screened, "is_fast_here", lambda: False)
     lines = describe_dispatch(make_encoder(4, 50), k=3, num_tokens=100, dtype=torch.float32)
     assert len(lines) == 2
-    assert all("reference (device is cpu)" in line for line in lines)
+    assert all("reference (device is cpu, no bfloat16 tiles (AMX))" in line for line in lines)
 
 
 def test_the_override_is_obeyed_and_checked(monkeypatch):
