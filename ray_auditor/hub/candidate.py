@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["adapter", "full"]
-RefusalStatus = Literal["rejected", "skipped", "deferred"]
+RefusalStatus = Literal["rejected", "skipped", "deferred", "failed"]
 
 MAX_TEXT_CHARS = 400
 
@@ -16,8 +16,8 @@ class CandidateError(Exception):
     The text may quote the repository, so it is reduced to short printable ASCII: it ends in logs and reports.
 
     Attributes:
-        status: `rejected` (the input is at fault), `skipped` (sound, but nothing this auditor audits) or
-            `deferred` (may be whole the next time it is looked at).
+        status: `rejected` (the input is at fault), `skipped` (sound, but nothing this auditor audits),
+            `deferred` (may be whole the next time it is looked at) or `failed` (its bytes did not come).
         code: Short slug, such as `wrong_base`.
         text: One sentence with the field, the value and the bound.
     """

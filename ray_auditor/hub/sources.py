@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ray_auditor.hub.candidate import Candidate, CandidateError, Kind, Refused, printable
@@ -91,16 +91,9 @@ def examine(candidate_id: str, folder: Path) -> Candidate:
         CandidateError: `skipped:` with `pickle_only`, `quantized` or `no_weights`, `deferred:lfs_pointer`,
             `rejected:ambiguous_weights`, or the errors of opening a file.
     """
-    names = list_names(folder)
-    weights = [name for name in names if name.endswith(".safetensors")]
-    full = [name for name in weights if not name.startswith("adapter_")]
-    kind: Kind = "adapter" if ADAPTER_NAME in weights else "full"
-    if kind == "adapter" and full and "config.json" in names:
-        raise CandidateError("rejected", "ambiguous_weights", "the folder holds an adapter and full weights")
-    if kind == "full" and not full:
-        raise _no_weights(names)
+    kind, weights = classify(list_names(folder))
     num_bytes = 0
-    for name in [ADAPTER_NAME] if kind == "adapter" else full:
+    for name in weights:
         with open_file(folder, name) as (fd, file):
             if file.num_bytes < MAX_POINTER_BYTES:
                 check_not_lfs_pointer(os.pread(fd, MAX_POINTER_BYTES, 0), name)
@@ -108,7 +101,27 @@ def examine(candidate_id: str, folder: Path) -> Candidate:
     return Candidate(candidate_id, folder, kind, num_bytes)
 
 
-def _no_weights(names: list[str]) -> CandidateError:
+def classify(names: Sequence[str]) -> tuple[Kind, list[str]]:
+    """What file names say: the kind of a candidate, and which of its files are weights.
+
+    Raises:
+        CandidateError: `skipped:` with `pickle_only`, `quantized` or `no_weights`, or
+            `rejected:ambiguous_weights`.
+    """
+    weights = [name for name in names if name.endswith(".safetensors")]
+    full = [name for name in weights if not name.startswith("adapter_")]
+    if ADAPTER_NAME in weights:
+        if full and "config.json" in names:
+            raise CandidateError(
+                "rejected", "ambiguous_weights", "the folder holds an adapter and full weights"
+            )
+        return "adapter", [ADAPTER_NAME]
+    if not full:
+        raise _no_weights(names)
+    return "full", full
+
+
+def _no_weights(names: Sequence[str]) -> CandidateError:
     def of(*endings: str) -> list[str]:
         return [name for name in names if name.lower().endswith(endings)]
 

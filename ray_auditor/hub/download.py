@@ -1,0 +1,206 @@
+"""The process that downloads: one file after the other, as its parent says over a pipe.
+
+    python -m ray_auditor.hub.download
+
+One JSON object a line comes in: first what the process is, `{"token", "endpoint"}`, then jobs, `{"url" or
+"store" and "name", "path", "target", "num_bytes", "oid"}`. Out go `{"alive": bytes}` while bytes arrive and
+one `{"outcome": ...}` a job. It tries once and waits for nothing: when to try again is the parent's to know,
+and a parent that hears nothing kills it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+CHUNK_BYTES = 1 << 20
+ALIVE_S = 0.2
+
+Outcome = dict[str, Any]
+
+
+def main() -> NoReturn:
+    """Serve jobs until standard input ends."""
+    secret = json.loads(sys.stdin.readline())
+    jobs: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    while True:
+        say(run_job(json.loads(jobs.get()), secret))
+
+
+def _listen(jobs: "SimpleQueue[str]") -> None:
+    """Hand jobs on. A pipe that ends means that the parent has: nobody waits for what is read."""
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)
+
+
+def say(message: Outcome) -> None:
+    """One line to the parent; when there is none any more, the process ends here."""
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def run_job(job: Outcome, secret: Outcome) -> Outcome:
+    """Fetch one file into `path`, verify it, and move it to `target`.
+
+    Returns:
+        `outcome` is `done`; `status` with `status` and `headers`; or, with `text`, `corrupt` or `size` (the
+        server has other bytes, or more or fewer), `stale`, `network`, `disk`, `busy`, `offline`.
+    """
+    descriptor = os.open(job["path"], os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        outcome = _fetch(descriptor, job, secret)
+        if outcome["outcome"] == "done":
+            os.fchmod(descriptor, 0o444)
+            os.fsync(descriptor)
+            os.rename(job["path"], job["target"])
+        return outcome
+    except BlockingIOError:
+        return {"outcome": "busy", "text": "another process downloads it"}
+    except OSError as error:
+        return {"outcome": "disk", "text": error.strerror or type(error).__name__}
+    finally:
+        os.close(descriptor)
+
+
+def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
+    num_bytes: int = job["num_bytes"]
+    digest = _digest(job["oid"], num_bytes)
+    done = os.fstat(descriptor).st_size
+    if done > num_bytes:
+        os.ftruncate(descriptor, done := 0)
+    for start in range(0, done, CHUNK_BYTES):  # what an earlier attempt brought
+        digest.update(os.pread(descriptor, min(CHUNK_BYTES, done - start), start))
+        _stay_alive(start)
+    if done < num_bytes or not num_bytes:
+        chunks = _read_object(job, done) if "store" in job else _read_http(job, secret, done)
+        for chunk in chunks:
+            if isinstance(chunk, dict):
+                if chunk.get("outcome") != "restart":
+                    return chunk
+                os.ftruncate(descriptor, done := 0)
+                digest = _digest(job["oid"], num_bytes)
+                continue
+            if done + len(chunk) > num_bytes:
+                return _discard(descriptor, "size", f"more than the {num_bytes} bytes that the tree says")
+            os.pwrite(descriptor, chunk, done)
+            digest.update(chunk)
+            done += len(chunk)
+            _stay_alive(done)
+    if done != num_bytes:
+        return {"outcome": "network", "text": f"{done} of {num_bytes} bytes came"}
+    if not job["oid"].startswith("etag-") and digest.hexdigest() != job["oid"]:
+        return _discard(descriptor, "corrupt", "other bytes than the tree's hash says")
+    return {"outcome": "done"}
+
+
+def _digest(oid: str, num_bytes: int) -> Any:
+    """What the file's bytes must hash to `oid` with: sha256, or git's sha1 over a header and them."""
+    if len(oid) == 40:
+        return hashlib.sha1(f"blob {num_bytes}\0".encode(), usedforsecurity=False)
+    return hashlib.sha256()
+
+
+def _discard(descriptor: int, outcome: str, text: str) -> Outcome:
+    os.ftruncate(descriptor, 0)
+    return {"outcome": outcome, "text": text}
+
+
+def _read_http(job: Outcome, secret: Outcome, start: int) -> Iterator[bytes | Outcome]:
+    """The file's bytes from `start`, or one outcome; `restart` when the server begins at the beginning."""
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    from ray_auditor import __version__
+
+    headers = build_hf_headers(
+        token=secret["token"] or False, library_name="ray-auditor", library_version=__version__
+    )
+    headers["Accept-Encoding"] = "identity"  # ranges and lengths are those of the file itself
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        # The client drops the token when a redirect leads to another host.
+        with get_session().stream("GET", job["url"], headers=headers, timeout=None) as response:
+            if response.status_code not in (200, 206):
+                yield _refusal(response)
+                return
+            if start and response.status_code == 200:
+                yield {"outcome": "restart"}
+                start = 0
+            if not _continues(response.headers.get("content-range"), start):
+                yield {"outcome": "network", "text": "the server sent another range than was asked for"}
+                return
+            length = response.headers.get("content-length")
+            if length is not None and length.isdigit() and start + int(length) != job["num_bytes"]:
+                text = f"the server has {start + int(length)} bytes, the tree says {job['num_bytes']}"
+                yield {"outcome": "size", "text": text}
+                return
+            yield from response.iter_raw()
+    except httpx2.TransportError as error:
+        yield {"outcome": "network", "text": type(error).__name__}
+    except OfflineModeIsEnabled:
+        yield {"outcome": "offline", "text": "HF_HUB_OFFLINE is set"}
+
+
+def _refusal(response: Any) -> Outcome:
+    names = ("ratelimit", "retry-after", "date", "x-error-code")
+    kept = {name: response.headers[name][:200] for name in names if name in response.headers}
+    return {"outcome": "status", "status": response.status_code, "headers": kept}
+
+
+def _continues(content_range: str | None, start: int) -> bool:
+    """Whether an answer begins at byte `start`; one without a range begins at 0."""
+    return (content_range or "bytes 0-").startswith(f"bytes {start}-")
+
+
+def _read_object(job: Outcome, start: int) -> Iterator[bytes | Outcome]:
+    """As `_read_http`, from an object store whose keys are in this process's environment."""
+    import obstore
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    from ray_auditor.hub.objects import entry_oid
+
+    try:
+        store = from_url(job["store"], retry_config={"max_retries": 0})
+        entry = obstore.head(store, job["name"])
+        if entry_oid(job["store"], entry) != job["oid"]:
+            yield {"outcome": "stale", "text": "the object was written again since it was listed"}
+            return
+        options: Any = {"if_match": entry["e_tag"]} if entry["e_tag"] else {}
+        if start:
+            options["range"] = {"offset": start}
+        for chunk in obstore.get(store, job["name"], options=options).stream(CHUNK_BYTES):
+            yield bytes(chunk)
+    except FileNotFoundError:
+        yield {"outcome": "status", "status": 404, "headers": {}}
+    except BaseError as error:
+        yield {"outcome": "network", "text": type(error).__name__}
+
+
+_last_alive = 0.0
+
+
+def _stay_alive(num_bytes: int) -> None:
+    """Say that bytes still come, at most every ALIVE_S."""
+    global _last_alive
+    if time.monotonic() - _last_alive >= ALIVE_S:
+        _last_alive = time.monotonic()
+        say({"alive": num_bytes})
+
+
+if __name__ == "__main__":
+    main()
