@@ -60,7 +60,8 @@ def reduce_prompts(
     Returns:
         pa.Table: One row a prompt, in the order of the rows: `suite` (string), `prompt` (int32), `tokens`
         (int64), `overlap_{k}` and `shift_{k}` (int64) for every k, `jaccard`, `fvu_err`, `fvu_total`,
-        `base_fvu_err`, `base_fvu_total` (float64); all but the first two are sums over the prompt's tokens.
+        `base_fvu_err`, `base_fvu_total`, `cosine`, `change` (float64); all but the first two are sums over
+        the prompt's tokens.
 
     Raises:
         ValueError: The rows differ in tokens or in K, or a suite has no name.
@@ -108,6 +109,8 @@ def reduce_prompts(
     for prefix, rows in (("", cand), ("base_", base)):
         columns[f"{prefix}fvu_err"] = _sum_P(rows.fvu_err_N.astype(float), start_P)
         columns[f"{prefix}fvu_total"] = _sum_P(rows.fvu_total_N.astype(float), start_P)
+    columns["cosine"] = _sum_P(cand.cosine_N.astype(float), start_P)
+    columns["change"] = _sum_P(cand.change_N.astype(float), start_P)
     return pa.table(columns)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BATCH_ROWS = 65_536  # a reader can skip within a shard
 
 
@@ -40,6 +40,10 @@ class TokenRows:
             residual was not finite has -1 and NaN in its whole row.
         fvu_err_N: float32, squared norm of the reconstruction error.
         fvu_total_N: float32, squared norm of the residual less the decoder bias.
+        cosine_N: float32 in [-1, 1], cosine of the residual with the base's at the same token.
+        change_N: float32 >= 0, norm of the residual less the base's, over the norm of the base's. The base
+            itself, and a token whose residual equals the base's, has exactly 1 and 0; a token that was not
+            finite has NaN in both.
     """
 
     suite_N: npt.NDArray[np.int16]
@@ -49,6 +53,8 @@ class TokenRows:
     top_acts_NK: npt.NDArray[np.float32]
     fvu_err_N: npt.NDArray[np.float32]
     fvu_total_N: npt.NDArray[np.float32]
+    cosine_N: npt.NDArray[np.float32]
+    change_N: npt.NDArray[np.float32]
 
     @property
     def num_tokens(self) -> int:
@@ -70,9 +76,16 @@ class TokenRows:
         top_acts_NK: npt.ArrayLike,
         fvu_err_N: npt.ArrayLike,
         fvu_total_N: npt.ArrayLike,
+        cosine_N: npt.ArrayLike | None = None,
+        change_N: npt.ArrayLike | None = None,
     ) -> "TokenRows":
-        """Build rows from any token order and any feature order within a row (as a top-k returns them)."""
+        """Build rows from any token order and any feature order within a row (as a top-k returns them).
+
+        Without `cosine_N` and `change_N` they are rows of the base.
+        """
         suite_N, prompt_N = np.asarray(suite_N, np.int16), np.asarray(prompt_N, np.int32)
+        cosine_N = np.ones(len(suite_N)) if cosine_N is None else cosine_N
+        change_N = np.zeros(len(suite_N)) if change_N is None else change_N
         position_N = np.asarray(position_N, np.int32)
         order_N = np.lexsort((position_N, prompt_N, suite_N))
         idx_NK = np.asarray(top_idx_NK, np.int32)[order_N]
@@ -86,6 +99,8 @@ class TokenRows:
             np.take_along_axis(np.asarray(top_acts_NK, np.float32)[order_N], by_index_NK, 1),
             np.asarray(fvu_err_N, np.float32)[order_N],
             np.asarray(fvu_total_N, np.float32)[order_N],
+            np.asarray(cosine_N, np.float32)[order_N],
+            np.asarray(change_N, np.float32)[order_N],
         )
 
     def check(self, *, k: int, d_sae: int) -> None:
@@ -99,6 +114,8 @@ class TokenRows:
             ("top_acts_NK", np.float32, (N, k)),
             ("fvu_err_N", np.float32, (N,)),
             ("fvu_total_N", np.float32, (N,)),
+            ("cosine_N", np.float32, (N,)),
+            ("change_N", np.float32, (N,)),
         ):
             array = getattr(self, name)
             if array.dtype != dtype or array.shape != shape:
@@ -114,6 +131,12 @@ class TokenRows:
         if broken_NK[~whole_N].any():
             raise ValueError(
                 "top_acts_NK must be finite, 0 where top_idx_NK is -1, or NaN in a whole inactive row"
+            )
+        if not np.all(
+            whole_N | ((np.abs(self.cosine_N) <= 1) & (self.change_N >= 0) & (self.change_N < np.inf))
+        ):
+            raise ValueError(
+                "cosine_N must be in [-1, 1] and change_N finite and >= 0 where the row is finite"
             )
         suite, prompt, position = (
             np.diff(column.astype(np.int64)) for column in (self.suite_N, self.prompt_N, self.position_N)
@@ -134,6 +157,8 @@ def shard_schema(k: int, d_sae: int, metadata: Mapping[str, str]) -> Any:
         "top_acts": pa.list_(pa.field("item", pa.float32(), nullable=False), k),
         "fvu_err": pa.float32(),
         "fvu_total": pa.float32(),
+        "cosine": pa.float32(),
+        "change": pa.float32(),
     }
     return pa.schema(
         [pa.field(name, kind, nullable=False) for name, kind in columns.items()],
@@ -159,6 +184,8 @@ def encode_shard(rows: TokenRows, *, d_sae: int, metadata: Mapping[str, str]) ->
         pa.FixedSizeListArray.from_arrays(rows.top_acts_NK.ravel(), type=schema.field("top_acts").type),
         pa.array(rows.fvu_err_N),
         pa.array(rows.fvu_total_N),
+        pa.array(rows.cosine_N),
+        pa.array(rows.change_N),
     ]
     return write_ipc(pa.Table.from_arrays(columns, schema=schema))
 
@@ -178,8 +205,9 @@ def decode_shard(data: bytes, *, k: int, d_sae: int, metadata: Mapping[str, str]
         acts_NK[start:stop] = _values(batch.column("top_acts")).reshape(-1, k)
         start = stop
     suite, prompt, position = (table.column(name).to_numpy() for name in ("suite", "prompt", "position"))
-    fvu_err, fvu_total = (table.column(name).to_numpy() for name in ("fvu_err", "fvu_total"))
-    return TokenRows(suite, prompt, position, idx_NK, acts_NK, fvu_err, fvu_total)
+    names = ("fvu_err", "fvu_total", "cosine", "change")
+    fvu_err, fvu_total, cosine, change = (table.column(name).to_numpy() for name in names)
+    return TokenRows(suite, prompt, position, idx_NK, acts_NK, fvu_err, fvu_total, cosine, change)
 
 
 def write_ipc(table: Any) -> bytes:

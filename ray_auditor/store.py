@@ -3,29 +3,28 @@
 Layout under the store's root; nothing else in the project knows it:
 
     shards/<unit_key>-<first 16 of the shard's sha256>.arrow
+    residuals/<unit_key>-<first 16 of its sha256>.bin    beside the base's shard: what candidates are held to
     commits/<unit_key>.json        the only truth: a shard without a commit does not exist
     suites/<suites_key>.arrow      the prompts, for drill-down
     tmp/                           files being written; each is locked by its writer
 
-A shard is named by its content, so writing it again is harmless and repairs a damaged copy. The commit is
-put if absent (a hard link of a synced file), so of two writers exactly one wins and a kill at any moment
-leaves a unit absent or whole.
+Shards and residuals are named by their content, so writing one again is harmless and repairs a damaged copy.
+The commit is put if absent (a hard link of a synced file), so of two writers exactly one wins and a kill at
+any moment leaves a unit absent or whole.
 """
 
-import errno
-import fcntl
 import hashlib
-import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from ray_auditor.durable_file import put_file, remove_if_stale
 from ray_auditor.shard import (
     SCHEMA_VERSION,
     SchemaVersionError,
@@ -82,35 +81,45 @@ class Store:
     def __init__(self, root: Path) -> None:
         """Open or create the store, and remove what killed writers left in `tmp/`."""
         self.root = Path(root)
-        for name in ("shards", "commits", "suites", "tmp"):
+        for name in ("shards", "residuals", "commits", "suites", "tmp"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for path in (self.root / "tmp").iterdir():
-            _remove_if_stale(path)
+            remove_if_stale(path)
 
     def has(self, unit_key: str) -> bool:
-        """Whether the unit is committed and its shard is whole; a damaged unit counts as absent.
+        """Whether the unit is committed and its files are whole; a damaged unit counts as absent.
 
         Raises:
             SchemaVersionError: It is there in another release's schema.
         """
         try:
-            self._read_shard(self.read_commit(unit_key))
+            commit = self.read_commit(unit_key)
+            self._read_shard(commit)
+            if commit.residuals_name is not None:
+                self._map_residuals(commit)
         except SchemaVersionError:
             raise
         except (KeyError, ShardError):
             return False
         return True
 
-    def commit(self, unit: Unit, rows: TokenRows, record: Mapping[str, Any]) -> Commit:
+    def commit(
+        self,
+        unit: Unit,
+        rows: TokenRows,
+        record: Mapping[str, Any],
+        residuals: npt.NDArray[np.uint8] | None = None,
+    ) -> Commit:
         """Write the unit's rows and make them true.
 
         Args:
             unit: What was computed.
             rows: Scored tokens with K = `unit.k`; checked here, see `TokenRows.check`.
             record: JSON-able note kept beside the shard; it takes no part in comparing attempts.
+            residuals: Bytes that `read_residuals` gives back, contiguous; at least one.
 
         Returns:
-            The commit that counts: this one, or an earlier one with the same shard.
+            The commit that counts: this one, or an earlier one with the same files.
 
         Raises:
             ValueError: The rows break a rule of `TokenRows`, or the filesystem has no hard links.
@@ -122,9 +131,14 @@ class Store:
         mine = Commit(
             SCHEMA_VERSION, unit.key, asdict(unit), sha256, len(shard), rows.num_tokens, dict(record)
         )
+        if residuals is not None:
+            residuals_sha256 = hashlib.sha256(residuals.data).hexdigest()
+            mine = replace(mine, residuals_sha256=residuals_sha256, residuals_bytes=residuals.nbytes)
         note = mine.to_json()
         if len(note) > MAX_COMMIT_BYTES:
             raise ValueError(f"record must fit {MAX_COMMIT_BYTES} bytes, got {len(note)}; keep less in it")
+        if residuals is not None:
+            self._put(self._residuals_path(mine), residuals.data, replace=True)
         self._put(self.root / "shards" / mine.shard_name, shard, replace=True)
         if self._put(self._commit_path(unit.key), note, replace=False):
             return mine
@@ -132,7 +146,7 @@ class Store:
             self._put(self._commit_path(unit.key), note, replace=True)
             return mine
         theirs = self.read_commit(unit.key)
-        if theirs.shard_sha256 != sha256:
+        if (theirs.shard_sha256, theirs.residuals_sha256) != (sha256, mine.residuals_sha256):
             raise NondeterminismError(
                 f"unit {unit.key} is committed with shard sha256 {theirs.shard_sha256}, this attempt has "
                 f"{sha256}: the engine is not deterministic, or engine_class {unit.engine_class!r} omits "
@@ -152,6 +166,18 @@ class Store:
         path = self.root / "shards" / commit.shard_name
         shard = self._read_shard(commit)
         return decode_shard(shard, k=unit.k, d_sae=unit.d_sae, metadata=unit.metadata(), path=path)
+
+    def read_residuals(self, unit_key: str) -> npt.NDArray[np.uint8]:
+        """Map the bytes that were committed beside the unit; processes share the pages they do not write.
+
+        Raises:
+            KeyError: The unit is not committed, or without such bytes.
+            ShardError: They are missing or differ from the commit.
+        """
+        commit = self.read_commit(unit_key)
+        if commit.residuals_name is None:
+            raise KeyError(f"unit {unit_key} was committed without residuals in {self.root}")
+        return self._map_residuals(commit)
 
     def read_record(self, unit_key: str) -> dict[str, Any]:
         """The note given to `commit`; KeyError when the unit is not committed."""
@@ -206,71 +232,33 @@ class Store:
             raise ShardError(f"{path} has sha256 {sha256}, its commit says {commit.shard_sha256}; {remedy}")
         return shard
 
+    def _map_residuals(self, commit: Commit) -> npt.NDArray[np.uint8]:
+        """The file the commit speaks of, mapped; ShardError when it is not there."""
+        path = self._residuals_path(commit)
+        remedy = "run the sweep again: it computes the base again"
+        found = path.stat().st_size if path.is_file() else -1
+        if found != commit.residuals_bytes:
+            raise ShardError(f"{path} must have {commit.residuals_bytes} bytes, got {found}; {remedy}")
+        mapped: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, mode="c")
+        sha256 = hashlib.sha256(mapped.data).hexdigest()
+        if sha256 != commit.residuals_sha256:
+            raise ShardError(
+                f"{path} has sha256 {sha256}, its commit says {commit.residuals_sha256}; {remedy}"
+            )
+        return mapped
+
+    def _residuals_path(self, commit: Commit) -> Path:
+        assert commit.residuals_name is not None, f"{commit.unit_key} has no residuals"
+        return self.root / "residuals" / commit.residuals_name
+
     def _commit_path(self, unit_key: str) -> Path:
         return self.root / "commits" / f"{_hex_key(unit_key)}.json"
 
     def _suites_path(self, suites_key: str) -> Path:
         return self.root / "suites" / f"{_hex_key(suites_key)}.arrow"
 
-    def _put(self, target: Path, data: bytes, *, replace: bool) -> bool:
-        """Make `target` hold `data`, whole or not at all; False when it exists and `replace` is not set."""
-        with _locked_temp(self.root / "tmp") as (temp, descriptor):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-            try:
-                if replace:
-                    os.replace(temp, target)
-                else:
-                    os.link(temp, target)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno in (errno.EPERM, errno.ENOTSUP):
-                    raise ValueError(f"out_dir needs a filesystem with hard links, got {target}") from error
-                raise
-            _sync_dir(target.parent)
-            return True
-
-
-@contextmanager
-def _locked_temp(folder: Path) -> Iterator[tuple[Path, int]]:
-    """A new file whose lock says that its writer lives: the kernel drops the lock with the process."""
-    while True:
-        temp = folder / uuid.uuid4().hex
-        descriptor = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:  # 0: removed as stale between open and lock
-            break
-        os.close(descriptor)
-    try:
-        yield temp, descriptor
-    finally:
-        temp.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _remove_if_stale(temp: Path) -> None:
-    try:
-        descriptor = os.open(temp, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temp.unlink(missing_ok=True)
-    except BlockingIOError:
-        pass  # its writer lives
-    finally:
-        os.close(descriptor)
-
-
-def _sync_dir(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _put(self, target: Path, data: bytes | memoryview, *, replace: bool) -> bool:
+        return put_file(target, data, temp=self.root / "tmp", replace=replace)
 
 
 def _hex_key(key: str) -> str:

@@ -67,7 +67,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Commit:
-    """One committed unit: `unit` names its parts, `record` is the writer's own note (timings, versions)."""
+    """One committed unit: `unit` names its parts, `record` is the writer's own note (timings, versions).
+
+    `residuals_sha256` and `residuals_bytes` are those of the file kept beside the shard, for the base alone.
+    """
 
     schema_version: int
     unit_key: str
@@ -76,11 +79,18 @@ class Commit:
     num_bytes: int
     num_tokens: int
     record: dict[str, Any]
+    residuals_sha256: str | None = None
+    residuals_bytes: int = 0
 
     @property
     def shard_name(self) -> str:
         """File name below `shards/`."""
         return f"{self.unit_key}-{self.shard_sha256[:16]}.arrow"
+
+    @property
+    def residuals_name(self) -> str | None:
+        """File name below `residuals/`, when there is one."""
+        return self.residuals_sha256 and f"{self.unit_key}-{self.residuals_sha256[:16]}.bin"
 
     def to_json(self) -> bytes:
         """The bytes `parse` reads."""
@@ -101,8 +111,9 @@ class Commit:
             commit = cls(**fields)
             if not path.stem == commit.unit_key == Unit(**commit.unit).key:
                 raise ShardError(f"{path} holds the commit of another unit; {remedy}")
-            if not re.fullmatch(r"[0-9a-f]{64}", commit.shard_sha256):
-                raise ShardError(f"{path} has shard_sha256 {commit.shard_sha256[:80]!r}; {remedy}")
+            for sha256 in (commit.shard_sha256, commit.residuals_sha256 or "0" * 64):
+                if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+                    raise ShardError(f"{path} has the sha256 {sha256[:80]!r}; {remedy}")
         except ShardError:
             raise
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -16,7 +16,7 @@ from ray_auditor.hub import Admitted, BaseModel, CandidateError, LoraModule, Ten
 from ray_auditor.hub.checkpoint import iter_tensors
 
 BLOCK_ELEMENTS = 1 << 22  # read together: 16 MiB in fp32
-CACHED_ROWS = 512  # a pass multiplies by these rows twice while they lie in a core's cache
+CACHED_ELEMENTS = 1 << 20  # a pass multiplies by so many twice while they lie in a cache
 MAX_PASSES = 16
 CALM_GROWTH = 2e-3  # a pass that adds less than this share is calm; two in a row end the search
 SEED = 0
@@ -128,6 +128,7 @@ def largest_energy(matrix_MN: Tensor) -> float:
     """
     num_columns = matrix_MN.shape[1]
     direction_N = torch.randn(num_columns, generator=torch.Generator().manual_seed(SEED))
+    num_rows = max(1, CACHED_ELEMENTS // num_columns)
     directions_NP = torch.empty(num_columns, 0)
     images_NP = torch.empty(num_columns, 0)
     largest, num_calm = 0.0, 0
@@ -136,7 +137,7 @@ def largest_energy(matrix_MN: Tensor) -> float:
             direction_N = direction_N - directions_NP @ (directions_NP.T @ direction_N)
             direction_N = direction_N / direction_N.norm().clamp_min(torch.finfo(torch.float32).tiny)
         image_N = torch.zeros(num_columns)
-        for rows_BN in torch.split(matrix_MN, CACHED_ROWS):
+        for rows_BN in torch.split(matrix_MN, num_rows):
             image_N.addmv_(rows_BN.T, rows_BN @ direction_N)
         directions_NP = torch.cat([directions_NP, direction_N[:, None]], 1)
         images_NP = torch.cat([images_NP, image_N[:, None]], 1)

@@ -5,7 +5,8 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,16 @@ from ray_auditor.hub import Admitted, BaseModel, CandidateError
 from ray_auditor.sae import Sae
 from ray_auditor.store import Store, TokenRows, Unit
 from ray_auditor.suites import Suites
+from ray_auditor.weight_change import BaseWeights, WeightChange
 
 if TYPE_CHECKING:
     from ray_auditor.engine.live import PromptFeatures
+    from ray_auditor.engine.residuals import Comparison, Moves
 
 SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's median norm is a sink
-ROWS_VERSION = 2  # of what a row is: kernel, mask, casts, FVU; raise it when a change can alter a number
+ROWS_VERSION = (
+    3  # of what a row is: kernel, mask, casts, FVU, cosine; raise it when a change can alter a number
+)
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -75,6 +80,8 @@ class Worker:
         from ray_auditor.engine.live import Engine
 
         self._spec = spec
+        self._host = ThreadPoolExecutor(1, "weights")
+        self._weights = BaseWeights(spec.base)
         self._store = Store(spec.store_path)
         self._prompts = [
             (suite_id, number, prompt)
@@ -102,26 +109,45 @@ class Worker:
         loaded = self._engine.load(assignment.candidate)
         if upcoming is not None:
             self._engine.read_ahead(upcoming.candidate)
+        weighing = self._host.submit(self._weigh, assignment.candidate)  # while the device works
         begun = time.perf_counter()
-        features = self._encode(reverse=assignment.reverse)
+        suites = self._spec.suites.suites
+        recording = None
+        if assignment.unit == self._spec.base_unit:
+            recording = self._engine.record(self._spec.suites.num_tokens, len(suites))
+        watch = recording or self._comparison
+        ids = [prompt.token_ids.tolist() for _, _, prompt in self._prompts]
+        features = self._engine.encode(ids, reverse=assignment.reverse, watch=watch)
         self._check_finite(features, assignment)
+        moves = watch.finish()
         encoded = time.perf_counter()
-        rows = self._score(features, is_base=assignment.unit == self._spec.base_unit)
+        rows = self._score(features, moves, is_base=recording is not None)
         scored = time.perf_counter()
-        seconds = loaded.seconds | {"encode": encoded - begun, "rows": scored - encoded}
+        weights = weighing.result()
+        weighed = time.perf_counter()
+        seconds = loaded.seconds | {
+            "encode": encoded - begun,
+            "rows": scored - encoded,
+            "weights": weighed - scored,
+        }
+        means = zip(suites, moves.mean_difference_S, strict=True)
         record = {
             "name": assignment.name,
             "proof": loaded.proof,
             "num_tokens_run": self._spec.suites.num_tokens,
+            "mean_difference": {suite.name: _six_digits(mean) for suite, mean in means},
+            "weights": {name: _six_digits(value) for name, value in weights.items()},
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
         }
-        self._store.commit(assignment.unit, rows, record)
+        residuals = recording.to_bytes() if recording is not None else None
+        self._store.commit(assignment.unit, rows, record, residuals)
         return self._spec.suites.num_tokens
 
-    def _encode(self, *, reverse: bool) -> list["PromptFeatures"]:
-        order = self._prompts[::-1] if reverse else self._prompts
-        features = self._engine.encode([prompt.token_ids.tolist() for _, _, prompt in order])
-        return features[::-1] if reverse else features
+    def _weigh(self, candidate: Admitted | None) -> dict[str, float | None]:
+        """How far the weights moved, and the seconds that finding it took."""
+        begun = time.perf_counter()
+        change = WeightChange(0.0, None, 0) if candidate is None else self._weights.change_of(candidate)
+        return asdict(change) | {"seconds": time.perf_counter() - begun}
 
     @staticmethod
     def _check_finite(features: Sequence["PromptFeatures"], assignment: Assignment) -> None:
@@ -141,13 +167,14 @@ class Worker:
                 "rejected", "nonfinite_activations", f"{num_bad} values are not finite at the hook"
             )
 
-    def _score(self, features: Sequence["PromptFeatures"], *, is_base: bool) -> TokenRows:
+    def _score(self, features: Sequence["PromptFeatures"], moves: "Moves", *, is_base: bool) -> TokenRows:
         masks = self._mask_sinks([row.sq_norm_T for row in features]) if is_base else self._base_masks
         picked = [
             (suite_id, number, np.flatnonzero(masks[suite_id, number]), row)
             for (suite_id, number, _), row in zip(self._prompts, features, strict=True)
         ]
         counts = [len(positions) for _, _, positions, _ in picked]
+        scored_M = np.concatenate([masks[suite_id, number] for suite_id, number, _ in self._prompts])
         return TokenRows(  # prompts come in the order of their numbers, and features in that of their indices
             np.repeat(np.array([suite_id for suite_id, *_ in picked], np.int16), counts),
             np.repeat(np.array([number for _, number, *_ in picked], np.int32), counts),
@@ -156,6 +183,8 @@ class Worker:
             np.concatenate([row.top_acts_TK[positions] for *_, positions, row in picked]),
             np.concatenate([row.fvu_error_T[positions] for *_, positions, row in picked]),
             np.concatenate([row.fvu_total_T[positions] for *_, positions, row in picked]),
+            moves.cosine_M[scored_M],
+            moves.change_M[scored_M],
         )
 
     def _mask_sinks(
@@ -175,6 +204,15 @@ class Worker:
         return masks
 
     @cached_property
+    def _comparison(self) -> "Comparison":
+        """The base's residuals, from the store: another worker, or another process, may have run it."""
+        num_suites = len(self._spec.suites.suites)
+        masks, prompts = self._base_masks, self._prompts
+        suite_M = np.concatenate([np.where(masks[s, n], s, num_suites) for s, n, _ in prompts])
+        residuals = self._store.read_residuals(self._spec.base_unit.key)
+        return self._engine.compare(residuals, suite_M, num_suites)
+
+    @cached_property
     def _base_masks(self) -> dict[tuple[int, int], NDArray[np.bool_]]:
         """The positions the base's unit scored: the same for every candidate."""
         rows = self._store.read_rows(self._spec.base_unit.key)
@@ -188,3 +226,8 @@ class Worker:
         ):
             masks[suite_id, number][positions] = True
         return masks
+
+
+def _six_digits(value: float | None) -> float | None:
+    """What a record keeps: the digits behind depend on how sums were split among threads."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -11,7 +11,7 @@ MAX_LINES = 320
 
 # Each room may import rooms of its own line and of the lines before it.
 ORDER = (
-    ("config", "shard", "unit", "conformal"),
+    ("config", "shard", "unit", "conformal", "durable_file"),
     ("store",),
     ("hub", "reduce"),
     ("suites", "sae_spec", "sae_fold", "sae", "rates", "features", "weight_change"),
@@ -36,6 +36,7 @@ ONLY_IN = {
 WITHOUT_TORCH = {
     "store",
     "shard",
+    "durable_file",
     "unit",
     "reduce",
     "rates",

@@ -26,7 +26,8 @@ def make_pair(num_tokens=60, k=6, d_sae=12, seed=0, ties=False, negative=False):
         idx_NK[inactive_NK], acts_NK[inactive_NK] = -1, 0
         at = np.arange(num_tokens)
         fvu = rng.random((2, num_tokens))
-        return TokenRows.from_unsorted(at // 25 % 3, at // 9, at, idx_NK, acts_NK, fvu[0], fvu[1])
+        moves = rng.uniform(-1, 1, num_tokens), rng.exponential(size=num_tokens)
+        return TokenRows.from_unsorted(at // 25 % 3, at // 9, at, idx_NK, acts_NK, fvu[0], fvu[1], *moves)
 
     return side(), side()
 
@@ -48,7 +49,7 @@ def oracle(base, cand, k):
         smaller = sum(min(acts[0].get(i, 0), acts[1].get(i, 0)) for i in union)
         larger = sum(max(acts[0].get(i, 0), acts[1].get(i, 0)) for i in union)
         key = (SUITES[base.suite_N[n]], int(base.prompt_N[n]))
-        row = sums.setdefault(key, np.zeros(8))
+        row = sums.setdefault(key, np.zeros(10))
         row += (
             1,
             overlap,
@@ -58,6 +59,8 @@ def oracle(base, cand, k):
             cand.fvu_total_N[n],
             base.fvu_err_N[n],
             base.fvu_total_N[n],
+            cand.cosine_N[n],
+            cand.change_N[n],
         )
     return sums
 
@@ -85,6 +88,8 @@ def test_sums_are_those_of_the_definitions(num_tokens, k, seed, ties, negative, 
         "fvu_total",
         "base_fvu_err",
         "base_fvu_total",
+        "cosine",
+        "change",
     )
     for kept in available_ks(k):
         expected = oracle(*pair, kept)
@@ -106,7 +111,15 @@ def test_a_table_worked_by_hand():
         [0, 0], [4, 4], [8, 9], [[3, 7, 9], [-1, -1, -1]], [[1, 2, 4], [0, 0, 0]], [1, 1], [4, 4]
     )
     cand = TokenRows.from_unsorted(
-        [0, 0], [4, 4], [8, 9], [[7, 9, -1], [-1, -1, -1]], [[5, 4, 0], [0, 0, 0]], [2, 3], [4, 4]
+        [0, 0],
+        [4, 4],
+        [8, 9],
+        [[7, 9, -1], [-1, -1, -1]],
+        [[5, 4, 0], [0, 0, 0]],
+        [2, 3],
+        [4, 4],
+        [0.5, -1],
+        [0.25, 2],
     )
     assert reduce_prompts(base, cand, suites=["general"], ks=(1, 2)).to_pylist() == [
         {
@@ -124,6 +137,8 @@ def test_a_table_worked_by_hand():
             "fvu_total": 8.0,
             "base_fvu_err": 2.0,
             "base_fvu_total": 8.0,
+            "cosine": -0.5,
+            "change": 2.25,
         }
     ]
 

@@ -21,6 +21,9 @@ from ray_auditor.store import NondeterminismError, ShardError, Store, SuitePromp
 UNIT = Unit("a" * 64, "b" * 64, "c" * 64, "blocks.15.hook_resid_post", "d" * 64, 8, 1024, "vllm cpu float32")
 
 
+RESIDUALS = np.random.default_rng(1).integers(0, 256, 9000, np.uint8)
+
+
 def make_rows(num_tokens=300, k=8, d_sae=1024, seed=0, min_active=0):
     rng = np.random.default_rng(seed)
     idx_NK = np.argsort(rng.random((num_tokens, d_sae)), axis=1)[:, :k].astype(np.int32)
@@ -36,6 +39,8 @@ def make_rows(num_tokens=300, k=8, d_sae=1024, seed=0, min_active=0):
         acts_NK,
         rng.random(num_tokens),
         rng.random(num_tokens),
+        rng.uniform(-1, 1, num_tokens),
+        rng.exponential(size=num_tokens),
     )
 
 
@@ -86,6 +91,7 @@ def test_indices_cost_less_than_their_plain_bytes():
 def test_a_token_that_is_not_finite_is_stored_as_such(tmp_path):
     rows = make_rows(5)
     rows.top_idx_NK[2], rows.top_acts_NK[2] = -1, np.nan
+    rows.cosine_N[2] = rows.change_N[2] = np.nan
     store = Store(tmp_path)
     store.commit(UNIT, rows, {})
     assert_same(store.read_rows(UNIT.key), rows)
@@ -100,6 +106,10 @@ def test_a_token_that_is_not_finite_is_stored_as_such(tmp_path):
         ("top_idx_NK", (0, 3), -1, "must ascend"),
         ("top_acts_NK", (0, 3), np.nan, "must be finite"),
         ("top_acts_NK", (0, 3), np.inf, "must be finite"),
+        ("cosine_N", 4, 1.001, r"cosine_N must be in \[-1, 1\]"),
+        ("cosine_N", 4, np.nan, r"cosine_N must be in \[-1, 1\]"),
+        ("change_N", 4, -0.1, "change_N finite and >= 0"),
+        ("change_N", 4, np.inf, "change_N finite and >= 0"),
         ("position_N", 1, 0, "rows must ascend"),
         ("suite_N", 0, 2, "rows must ascend"),
     ],
@@ -194,6 +204,37 @@ def test_a_damaged_shard_is_refused_and_a_new_attempt_repairs_it(tmp_path, damag
     assert_same(store.read_rows(UNIT.key), make_rows(seed=1))
 
 
+@pytest.mark.parametrize(
+    "damage", [damage_flip, lambda path: path.write_bytes(b""), lambda path: path.unlink()]
+)
+def test_damaged_residuals_make_the_unit_absent_and_a_new_attempt_repairs_them(tmp_path, damage):
+    store = Store(tmp_path)
+    store.commit(UNIT, make_rows(), {}, RESIDUALS)
+    (path,) = (tmp_path / "residuals").iterdir()
+    damage(path)
+    assert not store.has(UNIT.key)
+    with pytest.raises(ShardError, match="run the sweep again: it computes the base again"):
+        store.read_residuals(UNIT.key)
+    store.commit(UNIT, make_rows(), {}, RESIDUALS)
+    assert store.has(UNIT.key)
+    np.testing.assert_array_equal(store.read_residuals(UNIT.key), RESIDUALS)
+
+
+def test_residuals_are_mapped_and_belong_to_their_commit(tmp_path):
+    store = Store(tmp_path)
+    store.commit(UNIT, make_rows(), {}, RESIDUALS)
+    found = store.read_residuals(UNIT.key)
+    assert isinstance(found, np.memmap)
+    found[:] = 0  # in this process alone
+    np.testing.assert_array_equal(Store(tmp_path).read_residuals(UNIT.key), RESIDUALS)
+    with pytest.raises(NondeterminismError):
+        store.commit(UNIT, make_rows(), {}, RESIDUALS + 1)
+    plain = dataclasses.replace(UNIT, candidate_key="e" * 64)
+    store.commit(plain, make_rows(), {})
+    with pytest.raises(KeyError, match="without residuals"):
+        store.read_residuals(plain.key)
+
+
 def forge(store, table):
     """Put `table` in the place of the unit's shard, with a commit whose hash agrees."""
     store.commit(UNIT, make_rows(), {})
@@ -217,10 +258,11 @@ def with_metadata(table, **changes):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda t: with_metadata(t, schema_version="2"), "it says version 2"),
+        (lambda t: with_metadata(t, schema_version="1"), "it says version 1"),
         (lambda t: with_metadata(t, unit_key="e" * 64), "not of this release's schema"),
         (lambda t: with_metadata(t, surprise="x"), "not of this release's schema"),
         (lambda t: t.append_column("more", pa.array(np.zeros(len(t)))), "not of this release's schema"),
+        (lambda t: t.drop_columns(["cosine", "change"]), "not of this release's schema"),
         (lambda t: t.drop_columns(["fvu_err"]), "not of this release's schema"),
         (lambda t: t.set_column(1, "prompt", t["prompt"].cast(pa.int64())), "not of this release's schema"),
         (
@@ -260,10 +302,10 @@ def test_an_unknown_extension_type_never_reaches_pyarrow(tmp_path, monkeypatch):
     ("text", "match"),
     [
         ("", "not a commit of ours"),
-        ('{"schema_version": 1}', "not a commit of ours"),
+        ('{"schema_version": 2}', "not a commit of ours"),
         ("[1]", "not a commit of ours"),
         ("[" * 100_000, "not a commit of ours"),
-        ('{"schema_version": 2}', "schema version 2, this release reads 1"),
+        ('{"schema_version": 1}', "schema version 1, this release reads 2"),
         (" " * (1 << 20) + " ", "over 1048576 bytes"),
     ],
 )
@@ -291,6 +333,7 @@ def test_a_commit_cannot_point_elsewhere(tmp_path):
     good = json.loads(path.read_bytes())
     for change in (
         {"shard_sha256": "../../../etc/passwd"},
+        {"residuals_sha256": "../../../etc/passwd"},
         {"unit_key": "e" * 64},
         {"unit": good["unit"] | {"k": 9}},
     ):
@@ -341,7 +384,7 @@ real_write = os.write
 os.write = lambda fd, data: real_write(fd, data[:4000])  # many short writes
 for name in ("write", "fsync", "link", "replace", "unlink"):
     setattr(os, name, counted(getattr(os, name)))
-store.commit(test_store.UNIT, test_store.make_rows(), {{}})
+store.commit(test_store.UNIT, test_store.make_rows(), {{}}, test_store.RESIDUALS)
 """
 
 
@@ -352,7 +395,7 @@ def run_writer(root, step):
 
 @pytest.mark.slow
 def test_a_kill_at_any_step_leaves_the_unit_absent_or_whole(tmp_path):
-    seen, step = [], 0
+    seen, step, left = [], 0, 0
     while True:
         step += 1
         root = tmp_path / str(step)
@@ -365,12 +408,16 @@ def test_a_kill_at_any_step_leaves_the_unit_absent_or_whole(tmp_path):
         seen.append(store.has(UNIT.key))
         if seen[-1]:
             assert_same(store.read_rows(UNIT.key), make_rows())
+            np.testing.assert_array_equal(store.read_residuals(UNIT.key), RESIDUALS)
         else:
             assert store.list_commits() == []
-        store.commit(UNIT, make_rows(), {})
+        left += bool(list((root / "residuals").iterdir())) and not seen[-1]
+        store.commit(UNIT, make_rows(), {}, RESIDUALS)
         assert_same(store.read_rows(UNIT.key), make_rows())
-        assert len(list((root / "shards").iterdir())) == 1
-    assert len(seen) >= 12  # writes, syncs, renames and removals of the shard and of its commit
+        np.testing.assert_array_equal(store.read_residuals(UNIT.key), RESIDUALS)
+        assert [len(list((root / name).iterdir())) for name in ("shards", "residuals")] == [1, 1]
+    assert len(seen) >= 18  # writes, syncs, renames and removals of residuals, shard and commit
+    assert left >= 8  # killed after the residuals were there and before their commit was
     assert True in seen
     assert False in seen
     assert seen == sorted(seen)  # once whole, whole

@@ -153,6 +153,50 @@ def test_overlaps_equal_a_plain_loop_of_transformers_and_sae_lens(hub: Hub) -> N
     assert num_ties <= 2
 
 
+def test_residuals_lie_as_far_from_the_base_as_transformers_says(hub: Hub) -> None:
+    """Per token and per suite; the base, and its replay in another batching, lie exactly where they are."""
+    store = Store(hub.out / "store")
+    prompts = store.read_suites(hub.summary["settings"]["suites_key"])
+    ids = [list(prompt.token_ids) for prompt in prompts]
+    keys = hub.summary["settings"]["unit_keys"]
+    for key in keys.values():
+        rows, record = store.read_rows(key), store.read_record(key)
+        assert (rows.cosine_N == 1).all()
+        assert (rows.change_N == 0).all()
+        assert set(record["mean_difference"].values()) == {0.0}
+        assert record["weights"] | {"seconds": 0} == {
+            "relative_change": 0.0,
+            "spectral_share": None,
+            "num_changed": 0,
+            "seconds": 0,
+        }
+    base = [resid.double() for resid in hidden_states(hub.base, ids, HOOK)]
+    for name in ("small", "large", "other-weights"):
+        folder, key = hub.candidates / name, hub.row(name)["unit_key"]
+        full = name == "other-weights"
+        cand = hidden_states(folder if full else hub.base, ids, HOOK, None if full else folder)
+        rows, record = store.read_rows(key), store.read_record(key)
+        for suite in range(3):
+            of = np.flatnonzero(rows.suite_N == suite)
+            at = {prompt.prompt: i for i, prompt in enumerate(prompts) if prompt.suite_id == suite}
+            where = [(at[int(rows.prompt_N[n])], rows.position_N[n]) for n in of]
+            before = torch.stack([base[i][t] for i, t in where])
+            after = torch.stack([cand[i][t] for i, t in where]).double()
+            norms = before.norm(dim=-1)
+            change = ((after - before).norm(dim=-1) / norms).numpy()
+            np.testing.assert_allclose(rows.change_N[of], change, rtol=1e-3, atol=1e-5)
+            cosine = torch.cosine_similarity(before, after, dim=-1).numpy()
+            np.testing.assert_allclose(rows.cosine_N[of], cosine, atol=1e-5)
+            wanted = float((after - before).mean(0).norm() / norms.mean())
+            found = record["mean_difference"][["general", "digits", "letters"][suite]]
+            assert found == pytest.approx(wanted, rel=1e-3)
+        shares = {"small": 0.25, "large": 0.25, "other-weights": 0.01}
+        assert shares[name] < record["weights"]["spectral_share"] < 1
+        assert record["weights"]["num_changed"] == (1 + 3 * 9 if full else 3 * 7)
+    small, large = (store.read_record(hub.row(name)["unit_key"]) for name in ("small", "large"))
+    assert small["weights"]["relative_change"] < large["weights"]["relative_change"] / 50
+
+
 def test_a_model_that_overflows_is_refused_and_leaves_its_neighbours_alone(hub: Hub) -> None:
     """Its NaNs stay in the KV cache, and would reach whoever ran on the same engine next."""
     assert "nonfinite_activations" in hub.row("overflowing")["reason"]
@@ -260,6 +304,8 @@ def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) ->
     assert hub.sweep("cluster.num_workers=2") == 1
     assert len(hub.commits.keys() - before.keys()) == 1
     assert {name: hub.commits[name] for name in before} == before
+    rows = Store(hub.out / "store").read_rows(hub.row("zz-new")["unit_key"])  # by a worker that ran no base
+    assert 0 < rows.change_N.min() <= rows.change_N.max() < 10
     shutil.rmtree(hub.candidates / "zz-new")
 
 
@@ -272,6 +318,13 @@ def test_two_workers_and_another_order_give_the_same_bytes(hub: Hub) -> None:
     two = {path.name: path.read_bytes() for path in (hub.out / "store" / "shards").iterdir()}
     assert len(two) == 2 + 4
     assert two.items() <= one.items()
+    residuals = [next((out / "store" / "residuals").iterdir()) for out in (kept, hub.out)]
+    assert residuals[0].name == residuals[1].name
+    residuals[1].unlink()  # as if it had been lost: the base runs again, and nothing else does
+    before = hub.commits
+    assert hub.sweep() == 1
+    assert residuals[1].read_bytes() == residuals[0].read_bytes()
+    assert hub.commits == before
     hub.arguments = [argument.replace(str(hub.out), str(kept)) for argument in hub.arguments]
     hub.out = kept
 

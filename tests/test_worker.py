@@ -1,4 +1,4 @@
-"""The worker between engine and store: which positions count, in which order prompts run, what it refuses."""
+"""The worker between engine and store: which positions count, what it refuses."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -22,17 +22,6 @@ def features(num_tokens: int, sq_norm: float = 1.0) -> Any:
     )
 
 
-class Engine:
-    """Records what it is asked and answers with a row a token."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[list[int]]] = []
-
-    def encode(self, prompts: list[list[int]]) -> list[Any]:
-        self.asked.append(prompts)
-        return [features(len(ids), sq_norm=float(ids[0])) for ids in prompts]
-
-
 def make_worker(lengths: list[list[int]]) -> Worker:
     """A worker over suites of prompts of these lengths; a prompt's first token id is its number from 1."""
     worker = Worker.__new__(Worker)
@@ -48,7 +37,6 @@ def make_worker(lengths: list[list[int]]) -> Worker:
     worker._prompts = [
         (s, p, prompt) for s, suite in enumerate(suites) for p, prompt in enumerate(suite.prompts)
     ]
-    worker._engine = Engine()  # type: ignore[assignment]
     return worker
 
 
@@ -62,14 +50,6 @@ def test_positions_far_above_their_suites_median_norm_are_not_scored() -> None:
     assert masks[0, 0].tolist() == [False, True, False, True]
     assert masks[0, 1].tolist() == [False, True, True, True]
     assert masks[1, 0].tolist() == [False, True, True, True]
-
-
-def test_the_replay_runs_the_prompts_in_another_order_and_returns_them_in_theirs() -> None:
-    worker = make_worker([[2, 3], [4]])
-    plain, reverse = worker._encode(reverse=False), worker._encode(reverse=True)
-    first, second = worker._engine.asked  # type: ignore[attr-defined]
-    assert second == first[::-1] != first
-    assert [row.sq_norm_T.tolist() for row in reverse] == [row.sq_norm_T.tolist() for row in plain]
 
 
 @pytest.mark.parametrize("where", ["acts", "norm"])

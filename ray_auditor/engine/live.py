@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ray_auditor.config import EngineConfig
@@ -25,6 +26,7 @@ from ray_auditor.engine.adapter import (
     write_adapter,
 )
 from ray_auditor.engine.parameters import ParameterMap, checksums
+from ray_auditor.engine.residuals import Comparison, Recording
 from ray_auditor.engine.staging import Staging
 from ray_auditor.hub import Admitted, BaseModel, TensorSpec
 from ray_auditor.hub.checkpoint import iter_tensors
@@ -172,8 +174,36 @@ class Engine:
             return self._base.content_sha256, self._base.tensors
         return candidate.content_sha256, candidate.tensors
 
-    def encode(self, prompts: Sequence[Sequence[int]]) -> list[PromptFeatures]:
+    def record(self, num_tokens: int, num_suites: int) -> Recording:
+        """What keeps the residuals of the next `encode`, which must be the base's."""
+        return Recording(num_tokens, self._inputs.sae.d_in, num_suites, self._map.dtype, self._map.device)
+
+    def compare(
+        self, residuals: NDArray[np.uint8], suite_M: NDArray[np.int64], num_suites: int
+    ) -> Comparison:
+        """What holds every later `encode` to the base.
+
+        Args:
+            residuals: `Recording.to_bytes` of an engine of the same class; stays where it is on a CPU.
+            suite_M: Number of each token's suite, `num_suites` where it is not scored.
+            num_suites: How many there are.
+        """
+        base_MD = torch.from_numpy(residuals).view(self._map.dtype).view(len(suite_M), self._inputs.sae.d_in)
+        return Comparison(base_MD.to(self._map.device), torch.from_numpy(suite_M), num_suites)
+
+    def encode(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        reverse: bool = False,
+        watch: Recording | Comparison | None = None,
+    ) -> list[PromptFeatures]:
         """Run prompts of token ids through what was loaded; features come in the order of the prompts.
+
+        Args:
+            prompts: Token ids.
+            reverse: Run the last prompt first: another batching of the same tokens.
+            watch: Is shown the residuals; tokens are numbered in the order of `prompts`.
 
         Raises:
             SwapError: The adapter was not in its slot; nothing of this call may be kept.
@@ -187,10 +217,11 @@ class Engine:
         if self._adapter:
             request = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, str(self._bundle))
         *first_rows, num_tokens = accumulate(map(len, prompts), initial=0)
-        self._pool.open_table(num_tokens)
+        self._pool.open_table(num_tokens, watch)
+        turns = list(zip(prompts, first_rows, strict=True))[:: -1 if reverse else 1]
         self._llm.encode(
-            [{"prompt_token_ids": list(ids)} for ids in prompts],
-            [PoolingParams(task="token_embed", extra_kwargs={FIRST_ROW: row}) for row in first_rows],
+            [{"prompt_token_ids": list(ids)} for ids, _ in turns],
+            [PoolingParams(task="token_embed", extra_kwargs={FIRST_ROW: row}) for _, row in turns],
             pooling_task="token_embed",
             lora_request=request,
             use_tqdm=False,

@@ -21,11 +21,13 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from ray_auditor.engine.residuals import Comparison, Recording
 from ray_auditor.hub import BaseModel
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.sae import Sae, normalise_resid
 
 FIRST_ROW = "first_row"  # a request's own entry in `PoolingParams.extra_kwargs`
+Watch = Recording | Comparison | None
 NUM_SCALARS = 3  # columns behind the 2 K of a packed row: FVU error, FVU total, squared residual norm
 
 
@@ -81,10 +83,17 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         self.normalisation = sae.normalisation
         self.k = k
         self.table: Tensor | None = None
+        self.watch: Watch = None
         self.num_rows = 0
 
-    def open_table(self, num_tokens: int) -> None:
-        """Make room for the rows of a call; request `i` says in `FIRST_ROW` where its own begin."""
+    def open_table(self, num_tokens: int, watch: Watch) -> None:
+        """Make room for the rows of a call; request `i` says in `FIRST_ROW` where its own begin.
+
+        Args:
+            num_tokens: Of all prompts.
+            watch: Is shown every step's residuals.
+        """
+        self.watch = watch
         device = self.encoder.b_enc_F.device
         self.table = torch.empty(num_tokens, 2 * self.k + NUM_SCALARS, device=device)
         self.num_rows = 0
@@ -92,7 +101,7 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
     def close_table(self) -> Tensor:
         """The call's rows `[acts K | idx K as int32 bits | error | total | |resid|^2]`, on the host."""
         assert self.table is not None
-        table, self.table = self.table.cpu(), None
+        table, self.table, self.watch = self.table.cpu(), None, None
         assert self.num_rows == len(table), f"{self.num_rows} rows came for {len(table)} tokens"
         return table
 
@@ -111,8 +120,11 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
             )
             shift = first + ends - counts.cumsum(0)
             rows_N = torch.arange(len(packed)) + shift.repeat_interleave(counts)
-            self.table[rows_N.to(packed.device)] = packed
+            rows_N = rows_N.to(packed.device)
+            self.table[rows_N] = packed
             self.num_rows += len(packed)
+            if self.watch is not None:
+                self.watch.add(rows_N, hidden_states)
         return [torch.empty(0) if done else None for done in cursor.is_finished().tolist()]
 
     def pack(self, resid_ND: Tensor) -> Tensor:

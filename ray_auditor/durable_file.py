@@ -1,0 +1,82 @@
+"""Files that are there whole or not at all, whenever their writer is killed."""
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def put_file(target: Path, data: bytes | memoryview, *, temp: Path, replace: bool) -> bool:
+    """Make `target` hold `data`, synced; False when it exists and `replace` is not set.
+
+    Args:
+        target: On the filesystem of `temp`.
+        data: All of it.
+        temp: Folder for the file while it is written.
+        replace: Whether an earlier file makes way.
+
+    Raises:
+        ValueError: The filesystem has no hard links.
+        OSError: The write failed; nothing is left of it.
+    """
+    with _locked_temp(temp) as (path, descriptor):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+        try:
+            if replace:
+                os.replace(path, target)
+            else:
+                os.link(path, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP):
+                raise ValueError(f"out_dir needs a filesystem with hard links, got {target}") from error
+            raise
+        _sync_dir(target.parent)
+        return True
+
+
+def remove_if_stale(temp: Path) -> None:
+    """Remove what a killed writer left; a living writer's file is locked and stays."""
+    try:
+        descriptor = os.open(temp, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temp.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass  # its writer lives
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked_temp(folder: Path) -> Iterator[tuple[Path, int]]:
+    """A new file whose lock says that its writer lives: the kernel drops the lock with the process."""
+    while True:
+        temp = folder / uuid.uuid4().hex
+        descriptor = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # 0: removed as stale between open and lock
+            break
+        os.close(descriptor)
+    try:
+        yield temp, descriptor
+    finally:
+        temp.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sync_dir(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
