@@ -37,16 +37,24 @@ def fvu_parts(resid_ND: Tensor, top: TopK, encoder: EncoderWeights) -> tuple[Ten
             f"resid_ND has shape {tuple(resid_ND.shape)}, but top holds {top.top_idx_NK.shape[0]} tokens "
             f"and the encoder takes width {encoder.b_dec_D.shape[0]}; pass the residuals that were encoded"
         )
+    w_dec_fd = encoder.W_dec_FD
+    if resid_ND.is_cuda:
+        from auditor_kernels.reconstruct import fvu_rows  # Triton is imported on the first CUDA call only
+
+        with torch.cuda.device(resid_ND.device):
+            return fvu_rows(resid_ND, *top, w_dec_fd, encoder.b_dec_D)
+    if 4 * w_dec_fd.numel() <= GATHER_BYTES:
+        w_dec_fd = w_dec_fd.float()
     err_N = resid_ND.new_empty(num_tokens, dtype=torch.float32)
     total_N = torch.empty_like(err_N)
     k = top.top_idx_NK.shape[1]
-    rows = max(1, GATHER_BYTES // (4 * d_in * (1 if encoder.W_dec_FD.dtype == torch.float32 else k)))
+    rows = max(1, GATHER_BYTES // (4 * d_in * (1 if w_dec_fd.dtype == torch.float32 else k)))
     for start in range(0, num_tokens, rows):
         part = slice(start, start + rows)
         centred_cd = resid_ND[part].float() - encoder.b_dec_D
-        recon_cd = _decode(top.top_acts_NK[part], top.top_idx_NK[part].clamp(min=0), encoder.W_dec_FD)
+        recon_cd = _decode(top.top_acts_NK[part], top.top_idx_NK[part].clamp(min=0), w_dec_fd)
         total_N[part] = centred_cd.square().sum(1)
-        err_N[part] = (centred_cd - recon_cd).square().sum(1)
+        err_N[part] = centred_cd.sub_(recon_cd).square_().sum(1)
     # A row that is not finite is NaN in both parts, never an infinity that an average would carry on.
     total_N.masked_fill_(err_N.isnan(), torch.nan)
     return err_N, total_N

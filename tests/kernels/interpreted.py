@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from auditor_kernels import EncoderWeights, TopK
+from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts
 from auditor_kernels.designs import (
     capacity,
     encode_filter,
@@ -13,6 +13,7 @@ from auditor_kernels.designs import (
 )
 from auditor_kernels.launch import Launcher
 from auditor_kernels.prepared import prepare
+from auditor_kernels.reconstruct import fvu_rows
 from kernel_oracle import assert_exact, make_encoder, pre_activations
 
 
@@ -108,6 +109,25 @@ def case_ties():
         assert recomputed == 16
         assert (top.top_idx_NK == torch.arange(20)).all()
         assert (top.top_acts_NK == 1).all()
+
+
+def case_fvu():
+    """The parts from the kept features, with rows that are short of features, empty and not finite."""
+    for dtype, d_in, k, two_sided in ((torch.float16, 33, 9, False), (torch.float32, 700, 20, True)):
+        encoder = make_encoder(d_in, 300, threshold=0.5, dtype=dtype, two_sided=two_sided)
+        resid = torch.randn(7, d_in).to(dtype)
+        resid[1] = 0
+        resid[2, 3] = torch.nan
+        resid[3, 0] = torch.inf
+        top = encode_topk(resid, encoder, k=k)
+        top.top_idx_NK[4], top.top_acts_NK[4] = -1, 0
+        err, total = fvu_rows(resid, *top, encoder.W_dec_FD, encoder.b_dec_D)
+        expected = fvu_parts(resid, top, encoder)
+        assert err[2:4].isnan().all()
+        assert total[2:4].isnan().all()
+        assert err[4] == total[4]
+        torch.testing.assert_close(err, expected[0], equal_nan=True, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(total, expected[1], equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
 if __name__ == "__main__":

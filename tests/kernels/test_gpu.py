@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from auditor_kernels import EncoderWeights, TopK, encode_topk, hopper
+from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts, hopper
 from auditor_kernels.dispatch import Implementation, choose, launch
 from kernel_oracle import assert_exact, make_encoder, pre_activations
 
@@ -126,6 +126,18 @@ def test_one_feature_group_overflow_fails_closed():
         top, recomputed = run(which, resid, encoder, 32)
         assert recomputed == 64, which
         assert_exact(resid, encoder, 32, top, bits=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fvu_parts_match_the_cpu(dtype):
+    encoder = make_encoder(576, 9216, dtype=dtype, device=DEVICE)
+    resid = torch.randn(300, 576, device=DEVICE).to(dtype)
+    resid[5, 0] = torch.nan
+    top = encode_topk(resid, encoder, k=32)
+    there = fvu_parts(resid, top, encoder)
+    here = fvu_parts(resid.cpu(), TopK(top.top_acts_NK.cpu(), top.top_idx_NK.cpu()), encoder.to("cpu"))
+    for ours, expected in zip(there, here, strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 def test_dispatch_runs_what_it_says(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from auditor_kernels import EncoderWeights, TopK, dispatch, encode_topk, encode_topk_ref, fvu_parts
+from auditor_kernels import EncoderWeights, TopK, dispatch, encode_topk, encode_topk_ref, fvu, fvu_parts
 from auditor_kernels.encode_topk_ref import stable_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,8 +148,11 @@ def test_hint_changes_nothing():
         assert torch.equal(plain.top_idx_NK, hinted.top_idx_NK)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fvu_parts_match_a_dense_reconstruction(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "gather_bytes"), [(torch.float32, 1 << 20), (torch.bfloat16, 1 << 20), (torch.bfloat16, 8000)]
+)
+def test_fvu_parts_match_a_dense_reconstruction(dtype, gather_bytes, monkeypatch):
+    monkeypatch.setattr(fvu, "GATHER_BYTES", gather_bytes)
     encoder = make_encoder(20, 200, threshold=0.5, dtype=dtype)
     resid = torch.randn(30, 20).to(dtype)
     resid[4, 0] = torch.nan
