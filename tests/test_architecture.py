@@ -11,8 +11,8 @@ MAX_LINES = 320
 
 # Each room may import rooms of its own line and of the lines before it.
 ORDER = (
-    ("config", "shard", "unit", "conformal", "durable_file"),
-    ("store",),
+    ("config", "candidates_config", "shard", "unit", "conformal", "durable_file"),
+    ("store", "ledger", "lease"),
     ("hub", "reduce"),
     ("suites", "sae_spec", "sae_fold", "sae", "rates", "features", "weight_change"),
     ("flag",),
@@ -35,6 +35,9 @@ ONLY_IN = {
 }
 WITHOUT_TORCH = {
     "store",
+    "ledger",
+    "lease",
+    "candidates_config",
     "shard",
     "durable_file",
     "unit",

@@ -14,7 +14,8 @@ from ray_auditor.hub.endpoint import Endpoint, StatusError, refuse
 from ray_auditor.hub.folder import MAX_FILES
 from ray_auditor.hub.listing import Page
 from ray_auditor.hub.rate_limit import RateLimited
-from ray_auditor.hub.remote import Listed, Pinned, SourceError, choose_files
+from ray_auditor.hub.remote import Listed, Pinned, SourceError, choose_files, choose_names
+from ray_auditor.ledger import Ledger
 
 PAGE_SIZE = 1000  # the most the hub gives
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -126,8 +127,16 @@ class HubQuery:
 _SORTS = {"created_at": "createdAt", "last_modified": "lastModified", "trending_score": "trendingScore"}
 
 
-def pin(listed: Listed, endpoint: Endpoint, *, max_candidate_bytes: int) -> Pinned:
+def pin(
+    listed: Listed, endpoint: Endpoint, *, max_candidate_bytes: int, ledger: Ledger | None = None
+) -> Pinned:
     """Find the commit of a repository, and the files that lie there.
+
+    Args:
+        listed: The candidate.
+        endpoint: Its hub.
+        max_candidate_bytes: The most one candidate may take.
+        ledger: Remembers what commits held, which cannot change; None: asks every time.
 
     Raises:
         CandidateError: The repository cannot be read, or by its files' names and sizes cannot be audited.
@@ -143,13 +152,17 @@ def pin(listed: Listed, endpoint: Endpoint, *, max_candidate_bytes: int) -> Pinn
     try:
         commit = _commit_of(listed, endpoint)
         try:
-            found = _read_tree(listed.repo, commit, endpoint)
+            found = ledger.pin(endpoint.url, listed.repo, commit) if ledger else None
+            if found is None:
+                found = choose_names(_read_tree(listed.repo, commit, endpoint))
+                if ledger:
+                    ledger.keep_pin(endpoint.url, listed.repo, commit, found)
         except StatusError as error:
             if error.code != "RevisionNotFound":
                 raise
             # Someone pushed by force between the listing and now: look once more at what there is.
             commit = _commit_of(Listed(listed.id, listed.repo, "main"), endpoint)
-            found = _read_tree(listed.repo, commit, endpoint)
+            found = choose_names(_read_tree(listed.repo, commit, endpoint))
     except StatusError as error:
         refuse(error, endpoint.url, listed.repo)
     except RateLimited as error:

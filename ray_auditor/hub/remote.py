@@ -23,6 +23,7 @@ TOKENIZER = frozenset({
     "added_tokens.json", "vocab.json", "merges.txt",
 })  # fmt: skip
 
+_NOTED = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _OID = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}|etag-[0-9a-f]{64}")
 
@@ -93,6 +94,15 @@ class Pinned:
         return sum(file.num_bytes for file in self.files if file.name.endswith(".safetensors"))
 
 
+def choose_names(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a repository's files, those that decide whether and as what it is audited."""
+    return {
+        name: value
+        for name, value in found.items()
+        if name in CONFIGS or name in TOKENIZER or name.lower().endswith((".safetensors", ".gguf", *_NOTED))
+    }
+
+
 def choose_files(listed: Listed, commit: str, found: dict[str, Any], *, max_candidate_bytes: int) -> Pinned:
     """Keep what an audit reads of a repository's top level, and refuse by names and sizes alone.
 
@@ -128,7 +138,7 @@ def choose_files(listed: Listed, commit: str, found: dict[str, Any], *, max_cand
                 f"{name} must be at most {MAX_SMALL_BYTES} bytes, got {file.num_bytes}",
             )
         files.append(file)
-    unused = [n for n in names if n.endswith((".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    unused = [n for n in names if n.lower().endswith(_NOTED)]
     pinned = Pinned(listed.id, listed.repo, commit, kind, tuple(files), tuple(unused[:5]))
     if pinned.num_bytes > max_candidate_bytes:
         raise CandidateError(

@@ -62,10 +62,10 @@ def _examine_all(root: Path, folders: list[tuple[str, bool]]) -> Iterator[Candid
                 )
             yield examine(name, root / name)
         except CandidateError as error:
-            yield Refused(_distinct_id(name), error.status, error.reason)
+            yield Refused(distinct_id(name), error.status, error.reason)
 
 
-def _distinct_id(name: str) -> str:
+def distinct_id(name: str) -> str:
     """A printable id; one that had to be cut or escaped ends in a hash, so that no two folders share it."""
     shown = printable(name, MAX_ID_CHARS)
     if shown == name:

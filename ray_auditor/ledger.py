@@ -1,0 +1,172 @@
+"""What earlier sweeps found out and tonight's need not ask again: one small file beside the units.
+
+It says nothing that could not be found again: a sweep without it downloads and admits anew, and computes
+nothing twice, for the store's commits are the only truth.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+VERSION = 1  # of the tables
+ADMISSION_VERSION = 1  # of what admission refuses or notes; raise it when a rule changes
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS pins (origin TEXT, repo TEXT, revision TEXT, pinned TEXT,
+    PRIMARY KEY (origin, repo, revision)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS admissions (key TEXT, class TEXT, admission TEXT,
+    PRIMARY KEY (key, class)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS audits (id TEXT PRIMARY KEY, audit TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS findings (candidate TEXT, suite TEXT, content TEXT, first_seen TEXT,
+    PRIMARY KEY (candidate, suite, content)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS whole (unit TEXT PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What admission said of some files, under a base: refused with a reason, or a content to be audited."""
+
+    status: str  # "admitted", or why not
+    reason: str | None
+    kind: str | None
+    content: str | None  # content_sha256
+    notes: tuple[str, ...] = ()
+    declared_base: str | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How a candidate stood at the end of a sweep: what it was, under which inputs, and what came of it."""
+
+    content: str | None
+    status: str
+    parts: dict[str, str]  # base, SAE, suites, settings
+
+
+class Ledger:
+    """The file, for one sweep at a time.
+
+    Raises:
+        ValueError: It is damaged, or of a newer release.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        try:
+            self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                raise ValueError(f"{path} has version {version}, this release reads {VERSION}; delete it")
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{path} must be a ledger of ours ({error}); delete it: what is committed stays"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.commit()
+        self._db.close()
+
+    def pin(self, origin: str, repo: str, commit: str) -> Any | None:
+        """What was kept of a repository at a commit, which cannot change."""
+        row = self._db.execute(
+            "SELECT pinned FROM pins WHERE origin = ? AND repo = ? AND revision = ?", (origin, repo, commit)
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def keep_pin(self, origin: str, repo: str, commit: str, pinned: Any) -> None:
+        """Keep a JSON value for `pin`."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO pins VALUES (?, ?, ?, ?)", (origin, repo, commit, json.dumps(pinned))
+        )
+
+    def admission(self, key: str, admission_class: str) -> Admission | None:
+        """What was said of files with this key."""
+        row = self._db.execute(
+            "SELECT admission FROM admissions WHERE key = ? AND class = ?", (key, admission_class)
+        ).fetchone()
+        if row is None:
+            return None
+        status, reason, kind, content, notes, declared = json.loads(row[0])
+        return Admission(status, reason, kind, content, tuple(notes), declared)
+
+    def keep_admission(self, key: str, admission_class: str, admission: Admission) -> None:
+        """Keep what admission said for `admission`."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO admissions VALUES (?, ?, ?)",
+            (key, admission_class, json.dumps(astuple(admission))),
+        )
+
+    def audits(self) -> dict[str, Audit]:
+        """How every candidate stood, by id."""
+        rows = self._db.execute("SELECT id, audit FROM audits")
+        return {name: Audit(**json.loads(audit)) for name, audit in rows}
+
+    def findings(self) -> set[tuple[str, str, str]]:
+        """(candidate, suite, content) of everything that was ever reported."""
+        return set(self._db.execute("SELECT candidate, suite, content FROM findings"))
+
+    def conclude(self, audits: Mapping[str, Audit], findings: Iterable[tuple[str, str, str]]) -> None:
+        """Keep how a sweep ended, in one step."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._db:
+            self._db.executemany(
+                "INSERT OR REPLACE INTO audits VALUES (?, ?)",
+                ((name, json.dumps(asdict(audit))) for name, audit in audits.items()),
+            )
+            self._db.executemany(
+                "INSERT OR IGNORE INTO findings VALUES (?, ?, ?, ?)", ((*found, now) for found in findings)
+            )
+
+    def stamps(self) -> dict[str, str]:
+        """By unit key, how the unit's files looked when they were last found whole."""
+        return dict(self._db.execute("SELECT unit, stamp FROM whole"))
+
+    def keep_stamps(self, stamps: Mapping[str, str]) -> None:
+        """Keep them for `stamps`."""
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?)", stamps.items())
+
+    def commit(self) -> None:
+        """Make what was kept so far last."""
+        self._db.commit()
+
+
+def admission_class(parts: Sequence[Any]) -> str:
+    """What admission depends on besides the files: the base, the layers read, the largest rank, the rules."""
+    return hashlib.sha256(json.dumps([ADMISSION_VERSION, *parts]).encode()).hexdigest()
+
+
+def explain(before: Audit | None, content: str | None, parts: Mapping[str, str]) -> str:
+    """Why a candidate is where it is tonight.
+
+    Args:
+        before: How it stood at the end of the last sweep.
+        content: What its weights are now; None when it was refused.
+        parts: The other inputs now.
+
+    Returns:
+        str: `new`, `policy retry` for what failed or was deferred, `unchanged`, or `changed weights`,
+        `changed base`, `changed sae`, `changed suites`, `changed settings`, joined by `, `.
+    """
+    if before is None:
+        return "new"
+    if before.status in ("failed", "deferred"):
+        return "policy retry"
+    changed = ["weights"] if content != before.content else []
+    changed += [name for name, value in parts.items() if before.parts.get(name) != value]
+    return ", ".join(f"changed {name}" for name in changed) or "unchanged"
