@@ -174,6 +174,11 @@ class Engine:
             return self._base.content_sha256, self._base.tensors
         return candidate.content_sha256, candidate.tensors
 
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether the host's cores are the device."""
+        return self._map.device.type == "cpu"
+
     def record(self, num_tokens: int, num_suites: int) -> Recording:
         """What keeps the residuals of the next `encode`, which must be the base's."""
         return Recording(num_tokens, self._inputs.sae.d_in, num_suites, self._map.dtype, self._map.device)
