@@ -37,6 +37,14 @@ def verb_function(verb: Verb) -> Callable[[AuditConfig], int]:
         from ray_auditor.demo import run
 
         return run.run_demo
+    if verb is Verb.calibrate:
+        from ray_auditor import calibrate
+
+        return calibrate.run_calibrate
+    if verb is Verb.null:
+        from ray_auditor.null.run import run_null
+
+        return run_null
     if verb is Verb.doctor:
         from ray_auditor import doctor
 
@@ -59,7 +67,7 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if first not in set(Verb):
         raise ValueError(f"the verb must be one of {', '.join(Verb)}, got {first!r}; see ray-auditor --help")
-    overrides = [f"verb={first}"]
+    overrides = [f"verb={quote(first) if first == Verb.null else first}"]  # a bare null is None to Hydra
     if first == Verb.show and rest and not rest[0].startswith(("--", "out_dir=", "show.")):
         overrides.append(f"show.candidate={quote(rest.pop(0))}")
     if first == Verb.demo:

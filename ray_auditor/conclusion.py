@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from ray_auditor import __version__
+from ray_auditor.calibration import Calibration, read_calibration
 from ray_auditor.features import describe_features, moved_features
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
+from ray_auditor.gate import MISFIT, find_misfit, fvu_of
 from ray_auditor.hub import CandidateError
-from ray_auditor.plan import Plan, Row, engine_version
-from ray_auditor.rates import Bootstrap, noise_floor
+from ray_auditor.plan import Plan, Row, engine_version, gate_base
+from ray_auditor.rates import Bootstrap, noise_floor, suite_sums
 from ray_auditor.reduce import NonfiniteActivations, reduce_prompts
 from ray_auditor.report.html import write_html
 from ray_auditor.report.terminal import print_summary
@@ -65,21 +67,29 @@ def conclude(plan: Plan, failures: Failures) -> int:
     config, out_dir = plan.config, Path(plan.config.out_dir)
     general = plan.suites.names[0]
     bootstrap = Bootstrap(config.flag.bootstrap_samples, config.flag.confidence, config.flag.seed)
-    statuses = {row.id: _status(row, failures) for row in plan.rows}
+    statuses = {row.id: _status(row, failures) for row in plan.candidates}
     tables: dict[str, Any] = {}
+    misfits: dict[str, Any] = {}
+    calibration = read_calibration(plan.store.root, plan.base_unit.stratum)
     base: TokenRows | None = None
     floors: Mapping[str, float] = {}
     if any(status == "ok" for status, _ in statuses.values()):
         base = plan.store.read_rows(plan.base_unit.key)
         floors = noise_floor(_reduce(plan, base, plan.store.read_rows(plan.replay_unit.key)), plan.k)
+        if calibration is not None:
+            known = calibration.floors(plan.k)
+            floors = {suite: max(floor, known[suite]) for suite, floor in floors.items()}
         by_unit: dict[str, Any] = {}
-        for row in plan.rows:
+        for row in plan.candidates:
             if row.unit is None or statuses[row.id][0] != "ok":
                 continue
             try:
                 if row.unit.key not in by_unit:
                     by_unit[row.unit.key] = _reduce(plan, base, plan.store.read_rows(row.unit.key))
-                tables[row.id] = by_unit[row.unit.key]
+                reason = find_misfit(*fvu_of(by_unit[row.unit.key], general))
+                if reason is not None:
+                    statuses[row.id] = (MISFIT, reason)
+                (tables if reason is None else misfits)[row.id] = by_unit[row.unit.key]
             except NonfiniteActivations as error:
                 statuses[row.id] = ("failed", f"failed:{error.code}: {error}")
     population = flag_population(
@@ -97,8 +107,12 @@ def conclude(plan: Plan, failures: Failures) -> int:
         "counts": dict(Counter(status for status, _ in statuses.values())),
         "exit_code": exit_code,
         "noise_floor": floors,
-        "sae_gate": _gate(base),
-        "candidates": [_candidate(row, statuses[row.id], population) for row in plan.rows],
+        "calibration": _calibration(calibration, plan.k),
+        "sae_gate": _gate(plan, base),
+        "candidates": [
+            _candidate(row, statuses[row.id], population, misfits.get(row.id), plan.k)
+            for row in plan.candidates
+        ],
         "flags": [asdict(flag) for flag in population.flags],
         "limits": list(population.limits),
         "settings": _settings(plan),
@@ -135,13 +149,20 @@ def _status(row: Row, failures: Failures) -> tuple[str, str | None]:
 def _exit_code(counts: Counter[str]) -> int:
     if counts["failed"] or counts["deferred"]:
         return EXIT_FAILED
-    if counts["flagged"]:
+    if counts["flagged"] or counts[MISFIT]:
         return EXIT_FINDINGS
     return EXIT_OK if counts["ok"] else EXIT_NOTHING
 
 
-def _candidate(row: Row, status: tuple[str, str | None], population: Population) -> dict[str, Any]:
-    cells = population.cells.get(row.id, {})
+def _candidate(
+    row: Row, status: tuple[str, str | None], population: Population, misfit: Any, k: int
+) -> dict[str, Any]:
+    cells = {suite: _numbers(cell) for suite, cell in population.cells.get(row.id, {}).items()}
+    if misfit is not None:  # what the SAE misses is reported; features it does not hold are not compared
+        sums = suite_sums(misfit, k).items()
+        cells = {
+            suite: {"tokens": one.tokens, "fvu": one.fvu, "base_fvu": one.base_fvu} for suite, one in sums
+        }
     return {
         "id": row.id,
         "kind": row.kind,
@@ -150,7 +171,7 @@ def _candidate(row: Row, status: tuple[str, str | None], population: Population)
         "score": population.scores.get(row.id),
         "unit_key": row.unit.key if row.unit else None,
         "declared_base": row.declared_base,
-        "suites": {suite: _numbers(cell) for suite, cell in cells.items()},
+        "suites": cells,
     }
 
 
@@ -163,20 +184,38 @@ def _numbers(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _gate(base: TokenRows | None) -> dict[str, float] | None:
-    """How well the SAE fits the base on the suites: energy it misses, features active a token."""
+def _gate(plan: Plan, base: TokenRows | None) -> dict[str, Any] | None:
+    """How well the SAE fits the base on the suites, and what it was held to."""
     if base is None:
         return None
-    total = float(base.fvu_total_N.sum(dtype=float))
+    fit, bounds = gate_base(plan, base)
+    return {"fvu": round(fit.fvu, 4), "l0": round(fit.l0, 2), "bounds": asdict(bounds)}
+
+
+def _calibration(calibration: Calibration | None, k: int) -> dict[str, Any] | None:
+    """Mean shifts of the base against itself, by variant and suite, and which of them count as the floor."""
+    if calibration is None:
+        return None
     return {
-        "fvu": round(float(base.fvu_err_N.sum(dtype=float)) / total, 4) if total else 0.0,
-        "l0": round(float((base.top_idx_NK >= 0).sum(1).mean()), 2),
+        "key": calibration.key,
+        "generated_at": calibration.generated_at,
+        "floors": calibration.floors(k),
+        "variants": [
+            {
+                "name": one.name,
+                "what": one.what,
+                "same_engine_class": one.engine_class == calibration.unit["engine_class"],
+                "reason": one.reason,
+                "shift": {suite: by_k[str(k)] for suite, by_k in one.shift.items()},
+            }
+            for one in calibration.variants
+        ],
     }
 
 
 def _details(plan: Plan, base: TokenRows, population: Population) -> dict[str, Any]:
     """The features that moved, for the strongest flags, by candidate and suite."""
-    unit_of = {row.id: row.unit for row in plan.rows}
+    unit_of = {row.id: row.unit for row in plan.candidates}
     prompts = plan.store.read_suites(plan.suites.key)
     details: dict[str, dict[str, Any]] = {}
     for flag in population.flags[:MAX_DETAILED]:
@@ -215,7 +254,7 @@ def _versions() -> dict[str, str]:
 
 def _write_findings(path: Path, plan: Plan, population: Population) -> None:
     """One row a flag; docs/schema.md has the columns."""
-    units = {row.id: row.unit for row in plan.rows if row.unit}
+    units = {row.id: row.unit for row in plan.candidates if row.unit}
     rows = [
         asdict(flag)
         | _numbers(population.cells[flag.candidate][flag.suite])

@@ -17,6 +17,8 @@ class Verb(StrEnum):
     sweep = "sweep"
     report = "report"
     show = "show"
+    null = "null"
+    calibrate = "calibrate"
     doctor = "doctor"
     demo = "demo"
 
@@ -57,10 +59,13 @@ class SaeConfig:
     sae_id: str | None = None
     hook_name: str | None = None
     k: int = 32
+    max_fvu: float | None = None  # of the base, in place of the gate's own bound
 
     def __post_init__(self) -> None:
+        _require("sae.k", 1 <= self.k <= MAX_K, f"in [1, {MAX_K}]", self.k, "choose how many to keep")
+        given = self.max_fvu is not None
         _require(
-            "sae.k", 1 <= self.k <= MAX_K, f"in [1, {MAX_K}]", self.k, "choose how many features to keep"
+            "sae.max_fvu", not given or 0 < (self.max_fvu or 0) < math.inf, "> 0", self.max_fvu, "raise it"
         )
 
 
@@ -100,19 +105,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         ranks = (0, 1, 8, 16, 32, 64, 128, 256, 320, 512)
-        _require(
-            "engine.max_step_tokens", self.max_step_tokens >= 64, ">= 64", self.max_step_tokens, "raise it"
-        )
-        _require(
-            "engine.max_step_prompts", self.max_step_prompts >= 1, ">= 1", self.max_step_prompts, "raise it"
-        )
-        _require(
-            "engine.kv_cache_bytes",
-            self.kv_cache_bytes >= 1 << 20,
-            ">= 1 MiB",
-            self.kv_cache_bytes,
-            "raise it",
-        )
+        for name, ok, bound, value in (
+            ("max_step_tokens", self.max_step_tokens >= 64, ">= 64", self.max_step_tokens),
+            ("max_step_prompts", self.max_step_prompts >= 1, ">= 1", self.max_step_prompts),
+            ("kv_cache_bytes", self.kv_cache_bytes >= 1 << 20, ">= 1 MiB", self.kv_cache_bytes),
+        ):
+            _require(f"engine.{name}", ok, bound, value, "raise it")
         _require(
             "engine.read_ahead_bytes",
             self.read_ahead_bytes >= 0,
@@ -140,38 +138,20 @@ class ClusterConfig:
     threads_per_worker: int = 0
     max_attempts: int = 2
     unit_timeout_s: float = 3600.0
+    accelerator_type: str | None = None  # Ray's name of the workers' GPU, for a cluster of several kinds
 
     def __post_init__(self) -> None:
-        _require("cluster.num_workers", self.num_workers >= 1, ">= 1", self.num_workers, "start at least one")
-        _require(
-            "cluster.cpus_per_worker",
-            0 < self.cpus_per_worker < math.inf,
-            "> 0 and finite",
-            self.cpus_per_worker,
-            "give it a CPU",
-        )
-        _require(
-            "cluster.gpus_per_worker",
-            0 <= self.gpus_per_worker < math.inf,
-            ">= 0 and finite",
-            self.gpus_per_worker,
-            "0 is none",
-        )
-        _require(
-            "cluster.threads_per_worker",
-            self.threads_per_worker >= 0,
-            ">= 0",
-            self.threads_per_worker,
-            "0 shares the machine's cores among the workers",
-        )
-        _require("cluster.max_attempts", self.max_attempts >= 1, ">= 1", self.max_attempts, "1 never retries")
-        _require(
-            "cluster.unit_timeout_s",
-            0 < self.unit_timeout_s < math.inf,
-            "> 0 and finite",
-            self.unit_timeout_s,
-            "raise it",
-        )
+        cpus, gpus, timeout = self.cpus_per_worker, self.gpus_per_worker, self.unit_timeout_s
+        threads = self.threads_per_worker
+        for name, ok, bound, value, remedy in (
+            ("num_workers", self.num_workers >= 1, ">= 1", self.num_workers, "start at least one"),
+            ("cpus_per_worker", 0 < cpus < math.inf, "> 0 and finite", cpus, "give it a CPU"),
+            ("gpus_per_worker", 0 <= gpus < math.inf, ">= 0 and finite", gpus, "0 is none"),
+            ("threads_per_worker", threads >= 0, ">= 0", threads, "0 shares the machine's cores among them"),
+            ("max_attempts", self.max_attempts >= 1, ">= 1", self.max_attempts, "1 never retries"),
+            ("unit_timeout_s", 0 < timeout < math.inf, "> 0 and finite", timeout, "raise it"),
+        ):
+            _require(f"cluster.{name}", ok, bound, value, remedy)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,6 +181,59 @@ class FlagConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class NullConfig:
+    """Benign finetunes of the base, one folder each: `null` trains them, a sweep compares with them.
+
+    A member's recipe is drawn from `ranks` x `learning_rates` x `steps` x `modules` x `topic_shares`.
+    """
+
+    path: str | None = None
+    data: str | None = None
+    topics: list[str] = field(default_factory=list)  # JSONL files that multi-topic members mix in
+    match: str | None = None
+    count: int = 40
+    seed: int = 0
+    ranks: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    learning_rates: list[float] = field(default_factory=lambda: [2e-4, 5e-4, 1e-3])
+    steps: list[int] = field(default_factory=lambda: [60, 120, 180])
+    modules: list[list[str]] = field(
+        default_factory=lambda: [
+            ["q_proj", "v_proj"],
+            ["q_proj", "k_proj", "v_proj", "o_proj"],
+            ["gate_proj", "up_proj", "down_proj"],
+        ]
+    )
+    topic_shares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.15, 0.45])
+    max_tokens: int = 256
+    batch_tokens: int = 1024
+    dtype: Dtype = Dtype.bfloat16
+
+    def __post_init__(self) -> None:
+        for name, least, value in (
+            ("count", 1, self.count),
+            ("seed", 0, self.seed),
+            ("max_tokens", 16, self.max_tokens),
+            ("batch_tokens", self.max_tokens, self.batch_tokens),
+        ):
+            _require(f"null.{name}", value >= least, f">= {least}", value, "raise it")
+        for name, ok, bound, values in (
+            ("ranks", all(1 <= rank <= 512 for rank in self.ranks), "in [1, 512]", self.ranks),
+            (
+                "learning_rates",
+                all(0 < lr <= 1 for lr in self.learning_rates),
+                "in (0, 1]",
+                self.learning_rates,
+            ),
+            ("steps", all(steps >= 1 for steps in self.steps), ">= 1", self.steps),
+            ("modules", all(self.modules), "lists of module names", self.modules),
+            ("topic_shares", all(0 <= x < 1 for x in self.topic_shares), "in [0, 1)", self.topic_shares),
+        ):
+            _require(f"null.{name}", ok and bool(values), f"one or more, each {bound}", values, "correct it")
+        float16 = self.dtype is Dtype.float16
+        _require("null.dtype", not float16, "float32 or bfloat16", self.dtype.value, "float16 would overflow")
+
+
+@dataclass(kw_only=True, slots=True)
 class ShowConfig:
     """What `show` prints."""
 
@@ -221,17 +254,21 @@ class AuditConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     flag: FlagConfig = field(default_factory=FlagConfig)
+    null: NullConfig = field(default_factory=NullConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
 
-    def require_inputs(self) -> None:
+    def require_inputs(self, *, candidates: bool = True) -> None:
         """Check that everything a sweep reads from was named.
+
+        Args:
+            candidates: Whether candidates are among it.
 
         Raises:
             ValueError: A source is missing or named twice; says which and how to give it.
         """
         for name, value in (
             ("out_dir", self.out_dir),
-            ("candidates.path", self.candidates.path),
+            ("candidates.path", self.candidates.path or not candidates),
             ("base.model", self.base.model),
             ("suites.path", self.suites.path),
         ):
@@ -258,5 +295,6 @@ def register_schemas() -> None:
         "engine": EngineConfig,
         "cluster": ClusterConfig,
         "flag": FlagConfig,
+        "null": NullConfig,
     }.items():
         store.store(group=group, name="schema", node=schema)

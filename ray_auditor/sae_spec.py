@@ -50,6 +50,7 @@ class SaeSpec:
     """A configuration that can be honoured exactly; names as in sae-lens.
 
     `scale` multiplies every residual: the factor of activations scaled to a mean norm in training, or 1.
+    `explained_variance` and `expected_l0` are what the SAE's makers measured; None where they say nothing.
     """
 
     architecture: str
@@ -63,6 +64,8 @@ class SaeSpec:
     hook: Hook
     model_name: str | None
     neuronpedia_id: str | None
+    explained_variance: float | None = None
+    expected_l0: float | None = None
 
 
 def refuse(field: str, value: object, bound: str, remedy: str) -> NoReturn:
@@ -163,6 +166,8 @@ def read_spec(
         hook=_hook(about, hook_name),
         model_name=_text(about, "model_name"),
         neuronpedia_id=_text(about, "neuronpedia_id"),
+        explained_variance=_measured(about, "explained_variance", below=1.0),
+        expected_l0=_measured(about, "expected_l0", below=float("inf")),
     )
 
 
@@ -217,3 +222,10 @@ def _text(about: Mapping[str, Any], field: str) -> str | None:
     if value is not None and not isinstance(value, str):
         refuse(field, value, "text or null", "correct cfg.json")
     return value
+
+
+def _measured(about: Mapping[str, Any], field: str, *, below: float) -> float | None:
+    """A number strictly between 0 and `below`; others are placeholders, as sae-lens' table has some."""
+    value = about.get(field)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(cast(float, value)) if is_number and 0 < cast(float, value) < below else None

@@ -112,6 +112,16 @@ def load_suites(config: SuitesConfig, tokenizer_path: Path) -> Suites:
     return Suites(tuple(_load_suite(name, sources[name], tokenizer, config) for name in order))
 
 
+def read_rows(config: SuitesConfig) -> Iterator[dict[str, Any]]:
+    """Every row of every suite, also those beyond `suites.max_prompts`.
+
+    Raises:
+        ValueError: A suite cannot be read.
+    """
+    for name, source in _sources(config).items():
+        yield from _rows(name, source)
+
+
 def _sources(config: SuitesConfig) -> Mapping[str, dict[str, Any]]:
     """Suite name -> arguments of `datasets.load_dataset`."""
     folder = Path(config.path or "")
@@ -149,7 +159,7 @@ def _load_suite(name: str, source: dict[str, Any], tokenizer: Any, config: Suite
         if len(prompts) == config.max_prompts:
             break
         where = f"suite {name!r}, row {number + 1}"
-        text, spans = _render(row, tokenizer, where)
+        text, spans = render(row, tokenizer, where)
         encoded = tokenizer(text, add_special_tokens="messages" not in row, return_offsets_mapping=True)
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         content = _content_mask(ids, encoded["offset_mapping"], spans, tokenizer.all_special_ids)
@@ -188,8 +198,12 @@ def _rows(name: str, source: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise ValueError(f"suite {name!r} cannot be read: {error}; rows are JSON objects") from error
 
 
-def _render(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text the base sees, and the character spans of it that are the row's own."""
+def render(row: Mapping[str, Any], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text the base sees, and the character spans of it that are the row's own: one a message.
+
+    Raises:
+        ValueError: The row has no text, or the template does not render it in order.
+    """
     if "messages" not in row:
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():

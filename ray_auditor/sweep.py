@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig, ClusterConfig
 from ray_auditor.hub import CandidateError
-from ray_auditor.plan import Plan, make_plan
+from ray_auditor.plan import Plan, check_gate, make_plan
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.worker import Assignment, Worker
 
@@ -44,26 +44,31 @@ def run_sweep(config: AuditConfig) -> int:
         The exit code: 0 nothing stands out, 1 findings, 2 some failed, 3 nothing to audit.
 
     Raises:
-        ValueError: An input is missing or does not fit; nothing has run.
+        ValueError: An input is missing or does not fit; nothing but the base has run.
     """
     plan = make_plan(config)
+    check_gate(plan)
     todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
     num_done = len(plan.assignments) - len(todo)
     Console().print(
-        f"{len(plan.rows)} candidates listed, {len(plan.assignments)} distinct to audit: {num_done} "
+        f"{len(plan.candidates)} candidates listed"
+        + (f", {len(plan.nulls)} null members" if plan.nulls else "")
+        + f", {len(plan.assignments)} distinct to audit: {num_done} "
         f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
     failures: dict[str, CandidateError | str] = {}
-    if any(row.unit for row in plan.rows) and (todo or stages):
+    if any(row.unit for row in plan.candidates) and (todo or stages):
         num_units = len(plan.assignments) + len(bases)
         with cluster(config.cluster) as num_threads, SweepProgress(num_units) as progress:
             try:
-                failures = run_stages([*stages, todo], plan, num_threads, progress)
+                failures = run_stages(
+                    [*stages, todo], plan, num_threads, progress, after_stage=lambda: check_gate(plan)
+                )
             except BaseFailed as error:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
                 failures = {row.unit.key: str(error) for row in plan.rows if row.unit}
@@ -71,13 +76,24 @@ def run_sweep(config: AuditConfig) -> int:
 
 
 def run_stages(
-    stages: Sequence[Sequence[Assignment]], plan: Plan, num_threads: int, progress: SweepProgress
+    stages: Sequence[Sequence[Assignment]],
+    plan: Plan,
+    num_threads: int,
+    progress: SweepProgress,
+    after_stage: Callable[[], None] = lambda: None,
 ) -> dict[str, CandidateError | str]:
     """Run every stage's assignments, each stage after the one before; keep every worker busy.
 
     One assignment is in flight per worker, the largest first. A worker that raised, died, or overran its
     deadline holds an engine in an unknown state: it is replaced. Its assignment is tried again on a fresh one
     up to `cluster.max_attempts` times, unless the fault is the candidate's own.
+
+    Args:
+        stages: What to run.
+        plan: What it belongs to.
+        num_threads: A worker's.
+        progress: Told the state.
+        after_stage: Called after every stage but the last; what it raises ends the run.
 
     Returns:
         By unit key, why an assignment has no result: the candidate's own error, or ours in words.
@@ -87,11 +103,17 @@ def run_stages(
     """
     config = plan.config.cluster
     spec = ray.put(plan.worker_spec(num_threads))
-    actor = ray.remote(Worker).options(num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker)
+    actor = ray.remote(Worker).options(
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+        accelerator_type=config.accelerator_type,
+    )
     idle = deque(actor.remote(spec) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
     num_tokens, num_done = 0, progress.total - sum(map(len, stages))
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number:
+            after_stage()
         queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
         flying: dict[Any, Flight] = {}
         while queue or flying:
@@ -199,3 +221,19 @@ def check_resources(config: ClusterConfig) -> None:
                 f"cluster.num_workers x cluster.{setting} must be at most the cluster's {has:g} {resource}s, "
                 f"got {config.num_workers} x {each:g}; lower one of them"
             )
+    kinds, wanted_kind = device_kinds(), config.accelerator_type
+    if wanted_kind is not None and wanted_kind not in kinds:
+        raise ValueError(
+            f"cluster.accelerator_type must be one of the cluster's {kinds}, got {wanted_kind!r}; correct it"
+        )
+    if config.gpus_per_worker and wanted_kind is None and len(kinds) > 1:
+        raise ValueError(
+            f"cluster.accelerator_type must be given in a cluster of several kinds, {kinds}; choose one, for "
+            "cards differ in their last bits"
+        )
+
+
+def device_kinds() -> list[str]:
+    """The kinds of GPU in the running cluster, by Ray's names."""
+    prefix = "accelerator_type:"
+    return sorted(name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix))

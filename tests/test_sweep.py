@@ -39,6 +39,7 @@ class Hub:
             f"suites.path={root / 'suites'}",
             f"out_dir={self.out}",
             f"sae.k={K}",
+            "sae.max_fvu=100",  # its features are random
             "suites.max_tokens=64",
             "engine.max_lora_rank=8",
             "engine.max_step_tokens=128",

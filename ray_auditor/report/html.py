@@ -92,7 +92,7 @@ def _stages(summary: Summary) -> list[tuple[str, int, str]]:
     return [
         ("listed", listed, ""),
         ("admitted", admitted, lost("rejected", "skipped")),
-        ("audited", audited, lost("failed", "deferred")),
+        ("audited", audited, lost("sae_misfit", "failed", "deferred")),
         ("flagged", counts["flagged"], ""),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any
 from ray_auditor.report.number import percent, signed
 
 AUDITED = ("flagged", "ok")
-NOT_AUDITED = ("rejected", "skipped", "failed", "deferred")
+NOT_AUDITED = ("sae_misfit", "rejected", "skipped", "failed", "deferred")
 STATUSES = AUDITED + NOT_AUDITED
 
 

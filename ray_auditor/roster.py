@@ -1,0 +1,85 @@
+"""Who is audited: the finetunes of the candidates' folder and of the null population's, a row each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ray_auditor.config import AuditConfig
+from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, Refused, admit, list_folder
+from ray_auditor.store import Unit
+
+NULL_PREFIX = "null/"  # of the ids of null members: no folder's name holds a slash, so none collides
+
+Role = Literal["candidate", "null"]
+Found = Candidate | Refused
+
+
+@dataclass(frozen=True)
+class Row:
+    """One listed finetune: admitted with its unit, or refused with its reason.
+
+    `role` null: a benign finetune that candidates are compared with. It is audited as they are, but is none.
+    """
+
+    id: str
+    kind: str | None
+    status: str  # "admitted", or why it is not: rejected, skipped, deferred
+    reason: str | None
+    unit: Unit | None
+    notes: tuple[str, ...] = ()
+    declared_base: str | None = None  # what an adapter says it was trained on: a claim
+    role: Role = "candidate"
+
+
+def list_rows(config: AuditConfig) -> Iterator[tuple[Found, Role]]:
+    """Every candidate, then every null member, as the folders hold them.
+
+    Raises:
+        ValueError: A folder is not there, or is itself a finetune.
+    """
+    for one in list_finetunes(str(config.candidates.path), "candidates.path"):
+        yield one, "candidate"
+    if config.null.path is not None:
+        for one in list_finetunes(config.null.path, "null.path"):
+            yield replace(one, id=NULL_PREFIX + one.id), "null"
+
+
+def list_finetunes(path: str, setting: str) -> list[Found]:
+    """What `list_folder` finds in the folder that `setting` names.
+
+    Raises:
+        ValueError: There is no such folder, or it is itself a finetune.
+    """
+    try:
+        return list(list_folder(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace("candidates.path", setting)) from error
+
+
+def keep_apart(row: Row, before: Sequence[Row]) -> Row:
+    """A null member with a candidate's weights is left out: nothing is compared with itself."""
+    twins = [other.id for other in before if other.role == "candidate" and other.unit == row.unit]
+    if row.role == "candidate" or row.unit is None or not twins:
+        return row
+    reason = f"skipped:is_candidate: its weights are those of the candidate {twins[0]}"
+    return replace(row, status="skipped", reason=reason, unit=None)
+
+
+def admit_row(
+    found: Found,
+    role: Role,
+    base: BaseModel,
+    num_layers: int,
+    max_lora_rank: int,
+    base_unit: Unit,
+) -> tuple[Row, Admitted | None]:
+    """Admit one finetune: its row, with its unit beside the base's, or with the reason of its refusal."""
+    if isinstance(found, Refused):
+        return Row(found.id, None, found.status, found.reason, None, role=role), None
+    try:
+        admitted = admit(found, base, num_layers=num_layers, max_lora_rank=max_lora_rank)
+    except CandidateError as error:
+        return Row(found.id, found.kind, error.status, error.reason, None, role=role), None
+    unit = replace(base_unit, candidate_key=admitted.content_sha256)
+    declared = admitted.lora.base_model if admitted.lora else None
+    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes, declared, role), admitted
