@@ -88,17 +88,14 @@ class BaseWeights:
 
     def _full_difference(self, name: str, spec: TensorSpec) -> _Difference:
         difference_MN: Tensor | None = None
-        norms = []
         for start, stop in _spans(spec):
             base_BN, block_BN = self._read(name, start, stop), _read(spec, start, stop)
-            norms.append(_row_norms(base_BN))
             if block_BN.dtype == base_BN.dtype and torch.equal(block_BN, base_BN):
                 continue
             if difference_MN is None:
                 difference_MN = torch.zeros(_num_rows(spec), base_BN.shape[1])
             wide = torch.promote_types(torch.promote_types(block_BN.dtype, base_BN.dtype), torch.float32)
             difference_MN[start:stop] = block_BN.to(wide) - base_BN.to(wide)
-        self._norms.setdefault(name, _norm_of(norms))
         if difference_MN is None:
             return _Difference(0.0, None)
         return _measure(difference_MN, is_matrix=len(spec.shape) > 1)
@@ -200,7 +197,7 @@ def _row_norms(block_BN: Tensor) -> Tensor:
 
 
 def _norm_of(row_norms: list[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.cat(row_norms))) if row_norms else 0.0
+    return float(torch.linalg.vector_norm(torch.cat(row_norms)))
 
 
 def _finite(value: float) -> float | None:
