@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 from auditor_kernels import EncoderWeights, encode_topk, hopper
-from auditor_kernels.dispatch import Implementation, launch
+from auditor_kernels.dispatch import Implementation, choose, launch
+from auditor_kernels.encode_topk_ref import encode_topk_ref
 from encode_topk_cases import DEVICE_ROWS, check_many_rows, count_misses, make_encoder, perturbed
 from encode_topk_report import cpu_claims, cuda_claims, line, markdown, row_claims
 from torch import Tensor
@@ -156,37 +158,49 @@ def _sae_lens(x_nd: Tensor, w_df: Tensor, bias: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre).scatter_(-1, top.indices, functional.relu(top.values))
 
 
-def bench_cpu(k: int) -> dict[str, object]:
-    """The CPU path against the product alone and against sae-lens' encode followed by a top-k."""
+def bench_cpu(k: int, rounds: int) -> dict[str, object]:
+    """The CPU paths against the product alone and against sae-lens' encode followed by a top-k.
+
+    Calls are taken in turn and a ratio is the median over the rounds of that round's two times, since other
+    processes on the machine slow whole rounds; the quartiles and the load average say how much.
+    """
     d_in, d_sae, tokens = CPU_SHAPE
     encoder = make_encoder(d_in, d_sae, "cpu", torch.float32)
     x_nd = torch.randn(tokens, d_in)
-    check = count_misses(x_nd[:512], encoder, encode_topk(x_nd[:512], encoder, k=k).top_idx_NK, k)
-    if check["misses"]:
-        raise SystemExit(f"the reference misses features: {check}; nothing is timed")
+    which, why = choose(x_nd.device, x_nd.dtype, tokens, encoder, k, hinted=False)
     out = torch.empty(512, d_sae)
-    times: dict[str, list[float]] = {"gemm": [], "encode_topk": [], "sae-lens-fp32": []}
-    for _ in range(9):  # interleaved, so that a busy machine slows all three alike
-        for name, call in (
-            ("gemm", lambda: [torch.mm(x, encoder.W_enc_DF, out=out) for x in x_nd.split(512)]),
-            ("encode_topk", lambda: encode_topk(x_nd, encoder, k=k)),
-            ("sae-lens-fp32", lambda: _sae_lens(x_nd, encoder.W_enc_DF, encoder.b_enc_F, k).topk(k)),
-        ):
+    calls: dict[str, Callable[[], object]] = {
+        "gemm": lambda: [torch.mm(x, encoder.W_enc_DF, out=out) for x in x_nd.split(512)],
+        "encode_topk": lambda: encode_topk(x_nd, encoder, k=k),
+        "reference": lambda: encode_topk_ref(x_nd, encoder, k=k),
+        "sae-lens-fp32": lambda: _sae_lens(x_nd, encoder.W_enc_DF, encoder.b_enc_F, k).topk(k),
+    }
+    rows: dict[str, dict[str, object]] = {name: {} for name in calls}
+    rows["encode_topk"]["implementation"] = which
+    for name, ours in (("encode_topk", encode_topk), ("reference", encode_topk_ref)):
+        check = count_misses(x_nd, encoder, ours(x_nd, encoder, k=k).top_idx_NK, k)
+        if check["misses"]:
+            raise SystemExit(f"{name} misses features: {check}; nothing is timed")
+        rows[name].update(check)
+    load = os.getloadavg()[0]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
-    ms = {name: statistics.median(values) for name, values in times.items()}
-    rows: dict[str, dict[str, object]] = {
-        name: {"ms": value, "ratio": value / ms["gemm"]} for name, value in ms.items()
-    }
-    rows["encode_topk"].update(check)
+    for name, values in times.items():
+        ratios = [mine / gemm for mine, gemm in zip(values, times["gemm"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows[name].update(ms=statistics.median(values), ratio=middle, ratio_quartiles=[low, high])
     return {
         "d_in": d_in,
         "d_sae": d_sae,
         "tokens": tokens,
         "k": k,
         "rows": rows,
-        "device_state": f"{torch.get_num_threads()} threads",
+        "device_state": f"{torch.get_num_threads()} threads, {why}, {rounds} rounds, load average before "
+        f"{load:.1f}, after {os.getloadavg()[0]:.1f}",
     }
 
 
@@ -214,7 +228,7 @@ def main() -> None:
             print(row, flush=True)
     else:
         hardware = "CPU"
-        results, many = [bench_cpu(32)], []
+        results, many = [bench_cpu(32, options.rounds)], []
         print(line(results[0]))
     report = {"hardware": hardware, "torch": torch.__version__, "date": now.isoformat(timespec="seconds")}
     options.out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ def row_claims(many: list[Result]) -> list[Result]:
 
 def cpu_claims(results: list[Result]) -> list[Result]:
     rows = results[0]["rows"]
-    ratio, speedup = rows["encode_topk"]["ratio"], rows["sae-lens-fp32"]["ms"] / rows["encode_topk"]["ms"]
+    ratio = rows["encode_topk"]["ratio"]
+    speedup = rows["sae-lens-fp32"]["ratio"] / ratio
     return [
         claim("CPU, ratio to the matrix product, d 576, D 9216, k 32", ratio, "<= 1.15", ratio <= 1.15),
         claim("CPU, times faster than sae-lens-style encode and top-k", speedup, ">= 2", speedup >= 2),
