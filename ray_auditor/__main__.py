@@ -45,6 +45,10 @@ def verb_function(verb: Verb) -> Callable[[AuditConfig], int]:
         from ray_auditor.null.run import run_null
 
         return run_null
+    if verb is Verb.evaluate:
+        from ray_auditor import evaluate
+
+        return evaluate.evaluate
     if verb is Verb.doctor:
         from ray_auditor import doctor
 

@@ -6,7 +6,6 @@ Nothing here needs the engine: it can be repeated on a laptop against the store.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,22 +17,21 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from ray_auditor import __version__
-from ray_auditor.calibration import Calibration, read_calibration
+from ray_auditor.calibration import Calibration
 from ray_auditor.features import describe_features, moved_features
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
-from ray_auditor.gate import MISFIT, find_misfit, fvu_of
-from ray_auditor.hub import CandidateError
+from ray_auditor.gate import MISFIT
+from ray_auditor.history import History
 from ray_auditor.plan import Plan, Row, engine_version, gate_base
-from ray_auditor.rates import Bootstrap, noise_floor, suite_sums
-from ray_auditor.reduce import NonfiniteActivations, reduce_prompts
+from ray_auditor.rates import Bootstrap, suite_sums
+from ray_auditor.reduction import Failures, Status, reduce_committed
 from ray_auditor.report.html import write_html
 from ray_auditor.report.terminal import print_summary
+from ray_auditor.standing import Standing
 from ray_auditor.store import TokenRows
 
 EXIT_OK, EXIT_FINDINGS, EXIT_FAILED, EXIT_NOTHING = 0, 1, 2, 3
 MAX_DETAILED = 200  # flags whose moved features are kept in the summary
-
-Failures = Mapping[str, CandidateError | str]
 
 FINDINGS = pa.schema(
     [
@@ -48,6 +46,9 @@ FINDINGS = pa.schema(
         pa.field("ci_low", pa.float64()),
         pa.field("ci_high", pa.float64()),
         pa.field("z", pa.float64()),
+        pa.field("miss_z", pa.float64()),
+        pa.field("p", pa.float64()),
+        pa.field("q", pa.float64()),
         pa.field("unit_key", pa.string(), nullable=False),
         pa.field("content_sha256", pa.string(), nullable=False),
     ]
@@ -67,121 +68,107 @@ def conclude(plan: Plan, failures: Failures) -> int:
     config, out_dir = plan.config, Path(plan.config.out_dir)
     general = plan.suites.names[0]
     bootstrap = Bootstrap(config.flag.bootstrap_samples, config.flag.confidence, config.flag.seed)
-    statuses = {row.id: _status(row, failures) for row in plan.candidates}
-    tables: dict[str, Any] = {}
-    misfits: dict[str, Any] = {}
-    calibration = read_calibration(plan.store.root, plan.base_unit.stratum)
-    base: TokenRows | None = None
-    floors: Mapping[str, float] = {}
-    if any(status == "ok" for status, _ in statuses.values()):
-        base = plan.store.read_rows(plan.base_unit.key)
-        floors = noise_floor(_reduce(plan, base, plan.store.read_rows(plan.replay_unit.key)), plan.k)
-        if calibration is not None:
-            known = calibration.floors(plan.k)
-            floors = {suite: max(floor, known[suite]) for suite, floor in floors.items()}
-        by_unit: dict[str, Any] = {}
-        for row in plan.candidates:
-            if row.unit is None or statuses[row.id][0] != "ok":
-                continue
-            try:
-                if row.unit.key not in by_unit:
-                    by_unit[row.unit.key] = _reduce(plan, base, plan.store.read_rows(row.unit.key))
-                reason = find_misfit(*fvu_of(by_unit[row.unit.key], general))
-                if reason is not None:
-                    statuses[row.id] = (MISFIT, reason)
-                (tables if reason is None else misfits)[row.id] = by_unit[row.unit.key]
-            except NonfiniteActivations as error:
-                statuses[row.id] = ("failed", f"failed:{error.code}: {error}")
+    reduced = reduce_committed(plan, failures)
+    statuses = dict(reduced.statuses)
     population = flag_population(
-        tables,
+        reduced.tables,
         general=general,
         k=plan.k,
         bootstrap=bootstrap,
-        noise_floor=floors.get(general, 0.0),
-        rule=FlagRule(min_z=config.flag.min_z, min_rate=config.flag.min_rate),
+        noise_floor=reduced.floors.get(general, 0.0),
+        rule=FlagRule(config.flag.level, config.flag.min_z, config.flag.min_rate),
+        null_rows=reduced.null_tables,
     )
     for flag in population.flags:
         statuses[flag.candidate] = ("flagged", statuses[flag.candidate][1])
-    exit_code = _exit_code(Counter(status for status, _ in statuses.values()))
+    history = History(plan.ledger, plan.base_unit, plan.candidates)
+    flagged = [(flag.candidate, flag.suite) for flag in population.flags]
+    flagged += [(name, MISFIT) for name, (status, _) in statuses.items() if status == MISFIT]
+    whys, new = history.whys(), history.new(flagged)
+    exit_code = _exit_code(
+        Counter(status for status, _ in statuses.values()), alert=bool(new) or not config.flag.only_new
+    )
     summary = {
         "counts": dict(Counter(status for status, _ in statuses.values())),
         "exit_code": exit_code,
-        "noise_floor": floors,
-        "calibration": _calibration(calibration, plan.k),
-        "sae_gate": _gate(plan, base),
+        "noise_floor": reduced.floors,
+        "calibration": _calibration(reduced.calibration, plan.k),
+        "sae_gate": _gate(plan, reduced.base),
+        "null": {
+            "units": {
+                row.id: row.unit.key for row in plan.nulls if row.unit and row.id in reduced.null_tables
+            },
+            "scores": dict(population.null_scores),
+            "num_listed": len(plan.nulls),
+        },
         "candidates": [
-            _candidate(row, statuses[row.id], population, misfits.get(row.id), plan.k)
+            _candidate(plan, row, statuses[row.id], population, reduced.misfits.get(row.id))
+            | {"why": whys[row.id]}
             for row in plan.candidates
         ],
-        "flags": [asdict(flag) for flag in population.flags],
+        "flags": [asdict(flag) | {"new": (flag.candidate, flag.suite) in new} for flag in population.flags],
         "limits": list(population.limits),
         "settings": _settings(plan),
         "versions": _versions(),
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if base is not None:
-        summary["details"] = _details(plan, base, population)
+    if reduced.base is not None:
+        summary["details"] = _details(plan, reduced.base, population)
     _write(out_dir / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     _write_findings(out_dir / "findings.parquet", plan, population)
     write_html(summary, out_dir / "report.html")
+    history.conclude({name: status for name, (status, _) in statuses.items()}, flagged)
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return exit_code
 
 
-def _reduce(plan: Plan, base: TokenRows, rows: TokenRows) -> Any:
-    return reduce_prompts(base, rows, suites=plan.suites.names)
-
-
-def _status(row: Row, failures: Failures) -> tuple[str, str | None]:
-    """Status and reason before rates are known; `ok` only for what was admitted and did not fail."""
-    if row.unit is None:
-        return row.status, row.reason
-    failure = failures.get(row.unit.key)
-    if failure is None:
-        return "ok", "; ".join(row.notes) or None
-    if isinstance(failure, CandidateError):
-        return failure.status, failure.reason
-    return "failed", f"failed: {failure}"
-
-
-def _exit_code(counts: Counter[str]) -> int:
+def _exit_code(counts: Counter[str], *, alert: bool) -> int:
     if counts["failed"] or counts["deferred"]:
         return EXIT_FAILED
-    if counts["flagged"] or counts[MISFIT]:
+    found = counts["flagged"] + counts[MISFIT]
+    if found and alert:
         return EXIT_FINDINGS
-    return EXIT_OK if counts["ok"] else EXIT_NOTHING
+    return EXIT_OK if counts["ok"] or found else EXIT_NOTHING
 
 
-def _candidate(
-    row: Row, status: tuple[str, str | None], population: Population, misfit: Any, k: int
-) -> dict[str, Any]:
+def _candidate(plan: Plan, row: Row, status: Status, population: Population, misfit: Any) -> dict[str, Any]:
     cells = {suite: _numbers(cell) for suite, cell in population.cells.get(row.id, {}).items()}
     if misfit is not None:  # what the SAE misses is reported; features it does not hold are not compared
-        sums = suite_sums(misfit, k).items()
+        sums = suite_sums(misfit, plan.k).items()
         cells = {
             suite: {"tokens": one.tokens, "fvu": one.fvu, "base_fvu": one.base_fvu} for suite, one in sums
         }
+    standing = population.standings.get(row.id, Standing())
+    measured = row.id in population.cells or misfit is not None
     return {
         "id": row.id,
         "kind": row.kind,
         "status": status[0],
         "reason": status[1],
-        "score": population.scores.get(row.id),
+        "score": standing.score,
+        "score_low": standing.score_low,
+        "p": standing.p,
+        "q": standing.q,
+        "joint_p": standing.joint_p,
+        "suite": standing.suite,
+        "rivals": _rivals(plan, row) if measured else None,
         "unit_key": row.unit.key if row.unit else None,
         "declared_base": row.declared_base,
         "suites": cells,
     }
 
 
+def _rivals(plan: Plan, row: Row) -> dict[str, Any]:
+    """What a cheap look at weights and residuals says of the same candidate."""
+    assert row.unit is not None, f"{row.id} was measured and has no unit"
+    record = plan.store.read_record(row.unit.key)
+    return {**record.get("weights", {}), "mean_difference": record.get("mean_difference", {})}
+
+
 def _numbers(cell: Cell) -> dict[str, Any]:
-    return asdict(cell.rate) | {
-        "excess": cell.excess,
-        "z": cell.z,
-        "z_low": cell.z_low,
-        "over_rate": cell.over_rate,
-    }
+    return asdict(cell.rate) | {"z": cell.z, "miss_z": cell.miss_z, "over_rate": cell.over_rate}
 
 
 def _gate(plan: Plan, base: TokenRows | None) -> dict[str, Any] | None:
@@ -235,6 +222,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "k": plan.k,
         "hook_name": plan.sae.hook_name,
         "general": plan.suites.names[0],
+        "suite_names": list(plan.suites.names),
         "base_key": plan.base.key,
         "sae_key": plan.sae.key,
         "suites_key": plan.suites.key,
@@ -258,6 +246,7 @@ def _write_findings(path: Path, plan: Plan, population: Population) -> None:
     rows = [
         asdict(flag)
         | _numbers(population.cells[flag.candidate][flag.suite])
+        | {name: getattr(population.standings[flag.candidate], name) for name in ("p", "q")}
         | {"unit_key": units[flag.candidate].key, "content_sha256": units[flag.candidate].candidate_key}
         for flag in population.flags
     ]

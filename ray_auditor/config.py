@@ -7,6 +7,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig
+
 MAX_K = 128
 
 
@@ -19,6 +21,7 @@ class Verb(StrEnum):
     show = "show"
     null = "null"
     calibrate = "calibrate"
+    evaluate = "evaluate"
     doctor = "doctor"
     demo = "demo"
 
@@ -34,13 +37,6 @@ class Dtype(StrEnum):
 def _require(field_name: str, ok: bool, bound: str, value: Any, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{field_name} must be {bound}, got {value!r}; {remedy}")
-
-
-@dataclass(kw_only=True, slots=True)
-class CandidatesConfig:
-    """Where the finetunes are."""
-
-    path: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,15 +154,18 @@ class ClusterConfig:
 class FlagConfig:
     """When a difference becomes a flag."""
 
+    level: float = 0.05
     min_rate: float = 0.15
     min_z: float = 3.0
     bootstrap_samples: int = 1000
     confidence: float = 0.95
     seed: int = 0
+    only_new: bool = False  # whether findings that an earlier sweep reported leave the exit code alone
 
     def __post_init__(self) -> None:
         for name, value, usual in (("min_rate", self.min_rate, "0.15"), ("min_z", self.min_z, "3")):
             _require(f"flag.{name}", 0 < value < math.inf, "> 0 and finite", value, f"{usual} is usual")
+        _require("flag.level", 0 < self.level < 1, "in (0, 1)", self.level, "0.05 is usual")
         _require("flag.seed", self.seed >= 0, ">= 0", self.seed, "any such number seeds the resampling")
         _require(
             "flag.bootstrap_samples",
@@ -242,12 +241,20 @@ class ShowConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """What `evaluate` compares a sweep with."""
+
+    labels: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
 class AuditConfig:
     """One run of the program."""
 
     verb: Verb = Verb.sweep
     out_dir: str = "out"
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     sae: SaeConfig = field(default_factory=SaeConfig)
     suites: SuitesConfig = field(default_factory=SuitesConfig)
@@ -256,6 +263,7 @@ class AuditConfig:
     flag: FlagConfig = field(default_factory=FlagConfig)
     null: NullConfig = field(default_factory=NullConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def require_inputs(self, *, candidates: bool = True) -> None:
         """Check that everything a sweep reads from was named.
@@ -266,9 +274,10 @@ class AuditConfig:
         Raises:
             ValueError: A source is missing or named twice; says which and how to give it.
         """
+        if candidates:
+            self.candidates.require()
         for name, value in (
             ("out_dir", self.out_dir),
-            ("candidates.path", self.candidates.path or not candidates),
             ("base.model", self.base.model),
             ("suites.path", self.suites.path),
         ):
@@ -289,6 +298,7 @@ def register_schemas() -> None:
     store.store(name="audit_schema", node=AuditConfig)
     for group, schema in {
         "candidates": CandidatesConfig,
+        "download": DownloadConfig,
         "base": BaseConfig,
         "sae": SaeConfig,
         "suites": SuitesConfig,

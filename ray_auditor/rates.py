@@ -45,7 +45,12 @@ class SuiteSums:
     tokens_P: npt.NDArray[np.int64]
     shift_P: npt.NDArray[np.int64]
     overlap_P: npt.NDArray[np.int64]
+    shift_quartic_P: npt.NDArray[np.int64]
+    log_miss_P: npt.NDArray[np.float64]
+    change_quartic_P: npt.NDArray[np.float64]
     jaccard: float
+    cosine: float
+    change: float
     fvu: float
     base_fvu: float
 
@@ -88,6 +93,8 @@ class SuiteRate:
         d_abs: (I_b - I_s) / k, the same difference as a share of k.
         d_overlap: (I_b - I_s) / I_b, as a share of the general overlap; None when that is 0.
         jaccard: Mean weighted Jaccard of the activations.
+        cosine: Mean cosine of the residuals of candidate and base.
+        change: Mean norm of the difference of the residuals, over that of the base's.
         fvu: Share of the candidate's residual energy that the kept features miss.
         base_fvu: The same for the base.
     """
@@ -101,6 +108,8 @@ class SuiteRate:
     d_abs: float
     d_overlap: float | None
     jaccard: float
+    cosine: float
+    change: float
     fvu: float
     base_fvu: float
 
@@ -126,7 +135,12 @@ def suite_sums(prompt_rows: Any, k: int) -> dict[str, SuiteSums]:
             tokens_P=column["tokens"][rows],
             shift_P=column[f"shift_{k}"][rows],
             overlap_P=column[f"overlap_{k}"][rows],
+            shift_quartic_P=column["shift_quartic"][rows],
+            log_miss_P=column["log_miss"][rows],
+            change_quartic_P=column["change_quartic"][rows],
             jaccard=total["jaccard"] / total["tokens"],
+            cosine=total["cosine"] / total["tokens"],
+            change=total["change"] / total["tokens"],
             fvu=_share(total["fvu_err"], total["fvu_total"]),
             base_fvu=_share(total["base_fvu_err"], total["base_fvu_total"]),
         )
@@ -183,6 +197,8 @@ def rates_from_sums(
             d_abs=overlap_lost / k,
             d_overlap=overlap_lost / sums[general].overlap if sums[general].overlap else None,
             jaccard=one.jaccard,
+            cosine=one.cosine,
+            change=one.change,
             fvu=one.fvu,
             base_fvu=one.base_fvu,
         )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from ray_auditor.shard import TokenRows
 
 DEFAULT_KS = (1, 5, 10, 20, 32)
+MISS_FLOOR = 1e-6  # of the base's energy: a smaller reconstruction error is the rounding of fp32
 CHUNK_TOKENS = 2048  # the working set of a chunk stays in cache
 
 
@@ -59,9 +60,10 @@ def reduce_prompts(
 
     Returns:
         pa.Table: One row a prompt, in the order of the rows: `suite` (string), `prompt` (int32), `tokens`
-        (int64), `overlap_{k}` and `shift_{k}` (int64) for every k, `jaccard`, `fvu_err`, `fvu_total`,
-        `base_fvu_err`, `base_fvu_total`, `cosine`, `change` (float64); all but the first two are sums over
-        the prompt's tokens.
+        (int64), `overlap_{k}` and `shift_{k}` (int64) for every k, `shift_quartic` (int64, of shift^4 at K),
+        `jaccard`, `fvu_err`, `fvu_total`, `base_fvu_err`, `base_fvu_total`, `log_miss` (of log(error of the
+        candidate / error of the base)), `cosine`, `change`, `change_quartic` (float64, of change^4); all but
+        the first two are sums over the prompt's tokens.
 
     Raises:
         ValueError: The rows differ in tokens or in K, or a suite has no name.
@@ -78,7 +80,7 @@ def reduce_prompts(
     level_K = np.searchsorted(ks, np.arange(base.k), side="right")
     counts = np.zeros((len(start_P), len(ks)), np.int64)
     jaccard_N = np.empty(N)
-    num_active_N = np.empty(N, np.int64)
+    num_active_N, num_kept_N = np.empty(N, np.int64), np.empty(N, np.int64)
     for start in range(0, N, CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         left_idx_NK, left_acts_NK = rank_features(base.top_idx_NK[chunk], base.top_acts_NK[chunk])
@@ -90,6 +92,7 @@ def reduce_prompts(
         cells = np.bincount(cell_M, minlength=(last - first) * len(ks))
         counts[first:last] += cells.reshape(-1, len(ks))
         num_active_N[chunk] = ((left_idx_NK >= 0) | (right_idx_NK >= 0)).sum(1)  # active ones come first
+        num_kept_N[chunk] = np.bincount(token_M, minlength=len(left_idx_NK))
         row_M = token_M * base.k
         smaller_M = np.minimum(left_acts_NK.take(row_M + left_M), right_acts_NK.take(row_M + right_M))
         smaller_N = np.bincount(token_M, weights=smaller_M, minlength=len(left_idx_NK))
@@ -105,13 +108,25 @@ def reduce_prompts(
     for k in ks:
         columns[f"overlap_{k}"] = overlap[k]
         columns[f"shift_{k}"] = _sum_P(np.clip(num_active_N, 1, k), start_P) - overlap[k]
+    columns["shift_quartic"] = _sum_P((np.clip(num_active_N, 1, base.k) - num_kept_N) ** 4, start_P)
     columns["jaccard"] = _sum_P(jaccard_N, start_P)
     for prefix, rows in (("", cand), ("base_", base)):
         columns[f"{prefix}fvu_err"] = _sum_P(rows.fvu_err_N.astype(float), start_P)
         columns[f"{prefix}fvu_total"] = _sum_P(rows.fvu_total_N.astype(float), start_P)
+    columns["log_miss"] = _sum_P(_log_miss(base, cand), start_P)
     columns["cosine"] = _sum_P(cand.cosine_N.astype(float), start_P)
     columns["change"] = _sum_P(cand.change_N.astype(float), start_P)
+    columns["change_quartic"] = _sum_P(cand.change_N.astype(float) ** 4, start_P)
     return pa.table(columns)
+
+
+def _log_miss(base: TokenRows, cand: TokenRows) -> npt.NDArray[np.float64]:
+    """Log of a token's reconstruction error over the base's, [N]; rounding counts as none."""
+    floor_N = MISS_FLOOR * base.fvu_total_N.astype(float) + np.finfo(float).tiny
+    log_N: npt.NDArray[np.float64] = np.log(
+        np.maximum(cand.fvu_err_N, floor_N) / np.maximum(base.fvu_err_N, floor_N)
+    )
+    return log_N
 
 
 def rank_features(

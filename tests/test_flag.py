@@ -1,12 +1,14 @@
 import dataclasses
+import math
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from ray_auditor.flag import MIN_SCALE, FlagRule, flag_population, polish_suites
+from ray_auditor.flag import FlagRule, flag_population
 from ray_auditor.rates import Bootstrap
 from ray_auditor.store import Unit
 
@@ -19,7 +21,7 @@ def make_table(shifts):
     """Per-prompt rows; `shifts`: suite -> [P] sums of shift over the prompt's tokens."""
     suites = [suite for suite, shift_P in shifts.items() for _ in shift_P]
     shift = np.concatenate([np.clip(np.round(shift_P), 0, K * TOKENS) for shift_P in shifts.values()])
-    ones = np.ones(len(suites))
+    ones, mean = np.ones(len(suites)), shift / TOKENS
     return pa.table(
         {
             "suite": suites,
@@ -27,6 +29,11 @@ def make_table(shifts):
             "tokens": np.full(len(suites), TOKENS),
             f"overlap_{K}": (K * TOKENS - shift).astype(np.int64),
             f"shift_{K}": shift.astype(np.int64),
+            "shift_quartic": (TOKENS * mean**4).astype(np.int64),
+            "log_miss": TOKENS * 0.1 * np.log1p(mean),
+            "cosine": ones,
+            "change": TOKENS * mean / K,
+            "change_quartic": TOKENS * (mean / K) ** 4,
             "jaccard": ones,
             "fvu_err": ones,
             "fvu_total": ones,
@@ -57,6 +64,14 @@ def flag(tables, **options):
     return flag_population(tables, general="general", k=K, bootstrap=BOOTSTRAP, **options)
 
 
+def risky(by_suite):
+    return [value for suite, value in by_suite.items() if suite != "general"]
+
+
+def scores(found):
+    return {name: standing.score for name, standing in found.standings.items()}
+
+
 PLANTED = {2: ("maths", 1.7), 5: ("law", 1.8), 9: ("sql", 2.5), 11: ("taboo", 1.6)}
 
 
@@ -76,19 +91,21 @@ def test_planted_outliers_are_flagged_on_their_suite_and_hardly_anything_else_is
         scores = [one.score for one in found.flags]
         assert scores == sorted(scores, reverse=True)
         for one in found.flags:
-            assert found.scores[one.candidate] >= found.cells[one.candidate][one.suite].z == one.score > 3
-    assert extra / num_plain <= 0.03
+            standing = found.standings[one.candidate]
+            assert one.score == standing.score == max(risky(standing.miss_z)) > 3
+            assert standing.z[one.suite] == max(risky(standing.z))
+    assert extra / num_plain <= 0.05
 
 
 @pytest.mark.parametrize(("num_candidates", "num_suites"), [(8, 4), (12, 8), (28, 5)])
 def test_without_outliers_z_is_a_standard_normal_whatever_the_size_of_the_table(num_candidates, num_suites):
-    scores = []
+    strays = []
     for seed in range(40):
         tables = make_population(num_candidates, seed=100 + seed, suites=SUITES[:num_suites])
         found = flag_population(tables, general="general", k=K, bootstrap=Bootstrap(20))
-        scores += [cell.z for row in found.cells.values() for cell in row.values() if cell.z is not None]
-    assert 0.8 < np.std(scores) < 1.2
-    assert np.mean(np.abs(scores) > 3) < 0.012  # a normal: 0.0027, with a scale estimated from as little
+        strays += [stray for one in found.standings.values() for stray in risky(one.miss_z)]
+    assert 0.8 < np.std(strays) < 1.2
+    assert np.mean(np.array(strays) > 3) < 0.015  # a normal: 0.0013, with a scale estimated from as little
 
 
 def test_the_published_rule_alone_would_have_flagged_most_of_them():
@@ -102,7 +119,7 @@ def test_a_third_of_outliers_does_not_hide_them(seed):
     planted = {number: (SUITES[1 + number % 3], 1.9) for number in range(6)}
     found = flag(make_population(20, seed=seed, planted=planted))
     assert {(f"c{number:02}", suite) for number, (suite, _) in planted.items()} <= flagged(found)
-    top = sorted(found.scores, key=lambda name: -found.scores[name])[:6]
+    top = sorted(scores(found), key=lambda name: -scores(found)[name])[:6]
     assert sorted(top) == [f"c{number:02}" for number in planted]
 
 
@@ -124,34 +141,27 @@ def test_copies_of_one_finetune_are_one_peer():
     alone, among = flag(tables), flag(tables | copies)
     for name in tables:
         assert among.cells[name] == alone.cells[name]
-    assert {among.scores[name] for name in copies} == {alone.scores["c00"]}
-    assert set(flag(copies).scores.values()) == {None}
+    assert {scores(among)[name] for name in copies} == {scores(alone)["c00"]}
+    assert set(scores(flag(copies)).values()) == {None}
 
 
 def test_candidates_that_hardly_differ_have_no_outlier():
     table = make_population(1)["c00"]
     found = flag({f"c{at}": nudged(table, SUITES[at % 8], at // 8 + 1) for at in range(16)})
     assert not found.flags
-    assert all(abs(score) < 0.05 for score in found.scores.values())
+    assert all(abs(score) < 0.2 for score in scores(found).values())
+
+
+def changed(table, change):
+    """The table whose sums of shift are `change(suite, shift_P)`."""
+    shifts = {}
+    for row in table.to_pylist():
+        shifts.setdefault(row["suite"], []).append(row[f"shift_{K}"])
+    return make_table({suite: change(suite, np.array(shift_P, float)) for suite, shift_P in shifts.items()})
 
 
 def nudged(table, suite, by):
-    rows = table.to_pylist()
-    next(row for row in rows if row["suite"] == suite)[f"shift_{K}"] += by
-    return pa.Table.from_pylist(rows)
-
-
-@pytest.mark.parametrize(("factor", "is_flagged"), [(1.04, False), (1.09, True)])
-def test_without_spread_a_difference_counts_from_the_stated_floor_on(factor, is_flagged):
-    table = make_population(1, sizes=[4.0])["c00"]
-    tables = {f"c{at}": nudged(table, SUITES[at % 8], at // 8 + 1) for at in range(12)}
-    rows = table.to_pylist()
-    for row in rows:
-        if row["suite"] == "maths":
-            row[f"shift_{K}"] = round(row[f"shift_{K}"] * factor)
-    found = flag(tables | {"odd": pa.Table.from_pylist(rows)})
-    assert found.scores["odd"] == pytest.approx(np.log(factor) / MIN_SCALE, rel=0.1)
-    assert bool(found.flags) == is_flagged
+    return changed(table, lambda one, shift_P: shift_P + by * ((one == suite) & (np.arange(PROMPTS) == 0)))
 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 7])
@@ -164,16 +174,17 @@ def test_without_peers_the_published_rule_speaks_and_says_so(num_candidates):
         rate = found.cells[one.candidate][one.suite].rate
         assert one.score == rate.difference_rate > 0.15
         assert rate.ci_low > 0
-    assert set(found.scores.values()) == {None}
+    assert set(scores(found).values()) == {None}
     assert all(cell.z is None for row in found.cells.values() for cell in row.values())
     assert any(
-        f"{num_candidates} candidates have fewer than 8 different peers" in limit for limit in found.limits
+        f"{num_candidates} candidates have fewer than 8 different finetunes" in limit
+        for limit in found.limits
     )
 
 
 def test_no_candidates_is_not_an_error():
     found = flag({})
-    assert (found.cells, found.scores, found.flags, found.limits) == ({}, {}, (), ())
+    assert (found.cells, found.standings, found.flags, found.limits) == ({}, {}, (), ())
 
 
 def test_finetunes_that_did_not_move_are_no_outliers_and_no_peers():
@@ -186,7 +197,7 @@ def test_finetunes_that_did_not_move_are_no_outliers_and_no_peers():
     assert among.flags == alone.flags
     for name in alone.cells:
         assert among.cells[name] == alone.cells[name]
-    assert all(abs(among.scores[name]) < 1 for name in tables if name[0] == "z")
+    assert all(abs(scores(among)[name]) < 1 for name in tables if name[0] == "z")
 
 
 def test_a_finetune_that_moves_one_suite_alone_is_flagged_though_its_rate_is_undetermined():
@@ -202,27 +213,26 @@ def test_a_finetune_that_moves_one_suite_alone_is_flagged_though_its_rate_is_und
 
 def test_a_cell_that_rests_on_one_prompt_is_not_flagged():
     tables = make_population(12)
-    rows = tables["c03"].to_pylist()
-    medical = [row for row in rows if row["suite"] == "medical"]
-    medical[0][f"shift_{K}"] += int(0.35 * sum(row[f"shift_{K}"] for row in medical))
-    tables["c03"] = pa.Table.from_pylist(rows)
+    first_P = np.arange(PROMPTS) == 0
+    tables["c03"] = changed(
+        tables["c03"], lambda suite, shift_P: np.where(first_P & (suite == "medical"), K * TOKENS, shift_P)
+    )
     found = flag(tables)
-    cell = found.cells["c03"]["medical"]
-    assert cell.z > 3
-    assert cell.z_low <= 0
+    assert (
+        found.cells["c03"]["medical"].rate.difference_rate
+        > flag(make_population(12)).cells["c03"]["medical"].rate.difference_rate
+    )
     assert "c03" not in {one.candidate for one in found.flags}
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 999), st.floats(0.4, 3))
+@given(st.integers(0, 999), st.floats(0.7, 2))
 def test_the_size_of_a_finetune_alone_does_not_change_its_score(seed, factor):
     tables = make_population(12, seed=seed, sizes=[3.0] * 12, planted={0: ("law", 1.5)})
     before = flag(tables).cells["c00"]["law"]
-    rows = tables["c00"].to_pylist()
-    for row in rows:
-        row[f"shift_{K}"] = round(factor * row[f"shift_{K}"])
-    after = flag(tables | {"c00": pa.Table.from_pylist(rows)}).cells["c00"]["law"]
-    assert after.excess == pytest.approx(before.excess, abs=0.06)  # the floor of 1% of k, and rounding
+    larger = changed(tables["c00"], lambda _, shift_P: factor * shift_P)
+    after = flag(tables | {"c00": larger}).cells["c00"]["law"]
+    assert after.z == pytest.approx(before.z, rel=0.3)  # the floors, and the shrinkage of what hardly moved
 
 
 def test_strata_are_never_pooled():
@@ -233,7 +243,7 @@ def test_strata_are_never_pooled():
     for name, row in (flag(one).cells | flag(renamed).cells).items():
         assert found.cells[name] == row
     few = flag(one | {"dx": other["c00"]}, strata=dict.fromkeys(one, "x") | {"dx": "y"})
-    assert few.scores["dx"] is None
+    assert scores(few)["dx"] is None
     assert few.cells["c00"] == found.cells["c00"]
     assert any(limit.startswith("1 candidates") for limit in few.limits)
 
@@ -259,7 +269,7 @@ def test_the_rule_sets_the_thresholds():
     tables = make_population(14, planted=PLANTED)
     assert not flag(tables, rule=FlagRule(min_z=1e6)).flags
     assert len(flag(tables, rule=FlagRule(min_z=0.5)).flags) > 4
-    alone = flag(tables, rule=FlagRule(min_peers=15, min_rate=0.4))
+    alone = flag(tables, rule=FlagRule(min_reference=15, min_rate=0.4))
     assert {one.rule for one in alone.flags} == {"seed_rate_40"}
     assert all(one.score > 0.4 for one in alone.flags)
 
@@ -272,12 +282,105 @@ def test_other_prompts_are_refused():
         flag(tables | {"c02": tables["c02"].slice(0, len(tables["c02"]) - 1)})
 
 
-def test_median_polish_of_a_table_worked_by_hand():
-    exact = np.array([[1.0], [2.0], [4.0]]) + np.array([0.0, 10.0, 20.0, 50.0])
-    spoiled = exact.copy()
-    spoiled[1, 2] += 7.0
-    suite_S = polish_suites(spoiled)
-    row_C = np.median(spoiled - suite_S[:, None], axis=0)
-    residual = spoiled - suite_S[:, None] - row_C
-    assert residual[1, 2] == 7.0
-    assert np.count_nonzero(residual) == 1
+def make_null(num, seed=0):
+    """Benign finetunes of the same suites and prompts as `make_population(14, seed=seed)`'s."""
+    tables = make_population(num + 14, seed=seed)
+    return {f"null/{name}": table for name, table in sorted(tables.items())[14:]}
+
+
+def test_held_to_a_null_the_planted_are_called_at_the_level_asked_for():
+    planted = {(f"c{number:02}", suite) for number, (suite, _) in PLANTED.items()}
+    false_shares = []
+    for seed in range(8):
+        found = flag(make_population(14, seed=seed, planted=PLANTED), null_rows=make_null(99, seed))
+        assert planted <= flagged(found)
+        assert {one.rule for one in found.flags} == {"null_q"}
+        false_shares.append(len(flagged(found) - planted) / len(found.flags))
+        assert len(found.null_scores) == 99
+        for name, one in found.standings.items():
+            # another fit for every fold: the p-value is near that of a plain comparison, not equal to it
+            above = sum(score >= one.score for score in found.null_scores.values())
+            assert one.p == pytest.approx((1 + above) / 100, abs=0.1)
+            assert one.q >= one.p
+            assert (one.q <= 0.05) == (name in {flag.candidate for flag in found.flags})
+            assert one.above_null == (round(one.p * 100) == 1)
+        assert any(
+            limit.startswith("Held to 99 benign finetunes: p is never below 0.01;") for limit in found.limits
+        )
+    assert np.mean(false_shares) <= 0.1
+
+
+def test_a_benign_candidate_is_called_as_often_as_its_p_value_says():
+    p_values = []
+    for seed in range(12):
+        tables = make_population(60, seed=seed)
+        names = sorted(tables)
+        null = {f"null/{name}": tables[name] for name in names[:40]}
+        found = flag({name: tables[name] for name in names[40:]}, null_rows=null, rule=FlagRule(min_z=99))
+        p_values += [one.p for one in found.standings.values()]
+    assert len(p_values) == 240
+    for level in (0.05, 0.1, 0.25):
+        called = sum(p <= level for p in p_values)
+        assert binomtest(called, len(p_values), level).pvalue > 0.002
+
+
+def test_a_null_too_small_for_the_level_ranks_and_says_what_it_can_certify():
+    tables = make_population(14, planted={2: ("maths", 2.2)})
+    found = flag(tables, null_rows=make_null(12))
+    first = found.flags[0]
+    assert (first.candidate, first.suite, first.rule) == ("c02", "maths", "above_null")
+    assert {one.rule for one in found.flags} == {"above_null"}
+    assert found.standings["c02"].q > 0.05
+    (limit,) = [limit for limit in found.limits if limit.startswith("Held to 12 benign")]
+    num_above = sum(one.above_null for one in found.standings.values())
+    assert num_above <= 4
+    assert f"that needs {math.ceil(14 / (0.05 * num_above)) - 1} benign finetunes" in limit
+    assert flag(tables, null_rows=make_null(12), rule=FlagRule(min_z=1e6)).flags == ()
+
+
+def test_few_null_members_join_the_peers():
+    tables = make_population(14, planted=PLANTED)
+    alone, joined = flag(tables), flag(tables, null_rows=make_null(7))
+    assert {one.rule for one in joined.flags} == {"robust_z"}
+    assert joined.cells.keys() == alone.cells.keys() == tables.keys()
+    assert scores(joined) != scores(alone)
+    assert any("No null population (7 benign" in limit for limit in joined.limits)
+
+
+def test_a_null_of_another_stratum_is_no_null():
+    tables, null = make_population(14, planted=PLANTED), make_null(20)
+    found = flag(tables, null_rows=null, strata=dict.fromkeys(tables, "x") | dict.fromkeys(null, "y"))
+    assert found.cells == flag(tables).cells
+
+
+def test_the_base_under_another_name_is_never_flagged():
+    nothing = make_table({suite: np.zeros(PROMPTS) for suite in SUITES})
+    null = make_null(40)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        again = make_table({suite: (rng.random(PROMPTS) < 0.05) * 1.0 for suite in SUITES})  # another dtype
+        for tables in ({"again": again}, make_population(10, seed=seed) | {"again": again, "same": nothing}):
+            found = flag(tables, null_rows=null if len(tables) == 1 else None)
+            assert not {"again", "same"} & {one.candidate for one in found.flags}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 999))
+def test_a_null_in_any_order_gives_the_same_bits(seed):
+    tables, null = make_population(9, seed=0, planted=PLANTED), make_null(15)
+    rng = np.random.default_rng(seed)
+    shuffled = {
+        str(name): null[name].take(rng.permutation(len(null[name]))) for name in rng.permutation(sorted(null))
+    }
+    assert flag(tables, null_rows=null) == flag(tables, null_rows=shuffled)
+
+
+def test_prompts_given_twice_change_no_score():
+    tables = make_population(12, planted=PLANTED)
+    twice = {}
+    for name, table in tables.items():
+        again = table.set_column(1, "prompt", pa.array(np.array(table["prompt"]) + PROMPTS))
+        twice[name] = pa.concat_tables([table, again])
+    one, other = flag(tables), flag(twice)
+    for name in tables:
+        assert scores(other)[name] == pytest.approx(scores(one)[name], rel=1e-9)

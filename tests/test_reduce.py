@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_auditor.reduce import CHUNK_TOKENS, NonfiniteActivations, available_ks, reduce_prompts
+from ray_auditor.reduce import CHUNK_TOKENS, MISS_FLOOR, NonfiniteActivations, available_ks, reduce_prompts
 from ray_auditor.store import TokenRows
 
 SUITES = ("general", "maths", "sql")
@@ -49,7 +49,8 @@ def oracle(base, cand, k):
         smaller = sum(min(acts[0].get(i, 0), acts[1].get(i, 0)) for i in union)
         larger = sum(max(acts[0].get(i, 0), acts[1].get(i, 0)) for i in union)
         key = (SUITES[base.suite_N[n]], int(base.prompt_N[n]))
-        row = sums.setdefault(key, np.zeros(10))
+        row = sums.setdefault(key, np.zeros(13))
+        floor = MISS_FLOOR * float(base.fvu_total_N[n])
         row += (
             1,
             overlap,
@@ -61,6 +62,9 @@ def oracle(base, cand, k):
             base.fvu_total_N[n],
             cand.cosine_N[n],
             cand.change_N[n],
+            float(cand.change_N[n]) ** 4,
+            np.log(max(float(cand.fvu_err_N[n]), floor) / max(float(base.fvu_err_N[n]), floor)),
+            (max(len(acts[0]), len(acts[1]), 1) - len(acts[0].keys() & acts[1].keys())) ** 4,
         )
     return sums
 
@@ -90,6 +94,9 @@ def test_sums_are_those_of_the_definitions(num_tokens, k, seed, ties, negative, 
         "base_fvu_total",
         "cosine",
         "change",
+        "change_quartic",
+        "log_miss",
+        "shift_quartic",
     )
     for kept in available_ks(k):
         expected = oracle(*pair, kept)
@@ -132,13 +139,16 @@ def test_a_table_worked_by_hand():
             "shift_2": 0 + 1,
             "overlap_3": 2,
             "shift_3": 1 + 1,  # max(3, 2) - 2, and max(0, 0, 1) - 0
+            "shift_quartic": 1**4 + 1**4,
             "jaccard": (2 + 4) / (1 + 5 + 4) + 1,
             "fvu_err": 5.0,
             "fvu_total": 8.0,
             "base_fvu_err": 2.0,
             "base_fvu_total": 8.0,
+            "log_miss": pytest.approx(np.log(2 / 1) + np.log(3 / 1)),
             "cosine": -0.5,
             "change": 2.25,
+            "change_quartic": 0.25**4 + 2.0**4,
         }
     ]
 
