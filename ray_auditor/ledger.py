@@ -7,6 +7,7 @@ nothing twice, for the store's commits are the only truth.
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 VERSION = 1  # of the tables
+COMMIT_S = 1.0  # the most a kill can lose
 ADMISSION_VERSION = 1  # of what admission refuses or notes; raise it when a rule changes
 
 _SCHEMA = """
@@ -25,6 +27,7 @@ CREATE TABLE IF NOT EXISTS admissions (key TEXT, class TEXT, admission TEXT,
 CREATE TABLE IF NOT EXISTS audits (id TEXT PRIMARY KEY, audit TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS findings (candidate TEXT, suite TEXT, content TEXT, first_seen TEXT,
     PRIMARY KEY (candidate, suite, content)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS whole (unit TEXT PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
 """
 
@@ -60,6 +63,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._committed = time.monotonic()
         try:
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -93,6 +97,7 @@ class Ledger:
         self._db.execute(
             "INSERT OR REPLACE INTO pins VALUES (?, ?, ?, ?)", (origin, repo, commit, json.dumps(pinned))
         )
+        self._commit_if_due()
 
     def admission(self, key: str, admission_class: str) -> Admission | None:
         """What was said of files with this key."""
@@ -110,6 +115,7 @@ class Ledger:
             "INSERT OR REPLACE INTO admissions VALUES (?, ?, ?)",
             (key, admission_class, json.dumps(astuple(admission))),
         )
+        self._commit_if_due()
 
     def audits(self) -> dict[str, Audit]:
         """How every candidate stood, by id."""
@@ -132,6 +138,16 @@ class Ledger:
                 "INSERT OR IGNORE INTO findings VALUES (?, ?, ?, ?)", ((*found, now) for found in findings)
             )
 
+    def fact(self, name: str) -> str | None:
+        """One remembered value."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else None
+
+    def keep_fact(self, name: str, value: str) -> None:
+        """Remember it for `fact`."""
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
     def stamps(self) -> dict[str, str]:
         """By unit key, how the unit's files looked when they were last found whole."""
         return dict(self._db.execute("SELECT unit, stamp FROM whole"))
@@ -141,9 +157,19 @@ class Ledger:
         with self._db:
             self._db.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?)", stamps.items())
 
+    def forget_stamps(self) -> None:
+        """Have every unit hashed again."""
+        with self._db:
+            self._db.execute("DELETE FROM whole")
+
     def commit(self) -> None:
         """Make what was kept so far last."""
         self._db.commit()
+        self._committed = time.monotonic()
+
+    def _commit_if_due(self) -> None:
+        if time.monotonic() - self._committed > COMMIT_S:
+            self.commit()
 
 
 def admission_class(parts: Sequence[Any]) -> str:

@@ -1,7 +1,10 @@
 """What a sweep will do, before anything runs: its inputs, its candidates, and the units they share."""
 
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,13 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_auditor.calibration import recorded_fits
+from ray_auditor.candidates_config import Source
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine import check_fit, num_layers_of
 from ray_auditor.gate import Bounds, Fit, base_bounds, check_base, measure_fit
-from ray_auditor.hub import BaseModel, open_base
+from ray_auditor.hub import Admitted, BaseModel, open_base
+from ray_auditor.hub.remote import Pinned, SourceError
+from ray_auditor.hub.source import open_remote
+from ray_auditor.intake import Arrivals, Recall, admission_class_of, find_whole, waiting_row
+from ray_auditor.lease import Lease, LeaseHeld
+from ray_auditor.ledger import Ledger
 from ray_auditor.report.printable import printable
+from ray_auditor.roster import Found, Role, admit_row, keep_apart, list_rows
 from ray_auditor.roster import Row as Row
-from ray_auditor.roster import admit_row, keep_apart, list_rows
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
 from ray_auditor.suites import Suites, load_suites
@@ -38,6 +47,8 @@ class Plan:
     base_unit: Unit
     replay_unit: Unit
     assignments: tuple[Assignment, ...]  # of finetunes; units with the same content share one
+    ledger: Ledger
+    arrivals: Arrivals | None = None  # candidates whose files lie elsewhere; their rows wait for them
 
     @property
     def k(self) -> int:
@@ -53,6 +64,11 @@ class Plan:
     def nulls(self) -> tuple[Row, ...]:
         """The rows that candidates are compared with."""
         return tuple(row for row in self.rows if row.role == "null")
+
+    @cached_property
+    def units(self) -> frozenset[str]:
+        """Keys of the distinct contents that are here, the base's own left out."""
+        return frozenset(row.unit.key for row in self.rows if row.unit) - {self.base_unit.key}
 
     def unit_of(self, candidate_key: str) -> Unit:
         """The unit of other weights under everything else of this sweep."""
@@ -88,7 +104,10 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
     base = open_base(str(config.base.model))
     check_fit(base, sae, config.sae.k)
     base = open_base(str(config.base.model), num_layers=num_layers)
-    found = list(list_rows(config)) if candidates else []
+    store = open_store(config)
+    ledger = Ledger(store.root / "ledger.sqlite")
+    remote = open_remote(config.candidates) if candidates else None
+    found = list(list_rows(config, remote, ledger)) if candidates else []
     suites = load_suites(config.suites, base.path)
     check_context(base, suites)
     base_unit = Unit(
@@ -103,15 +122,32 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
     )
     rows: list[Row] = []
     assignments: dict[str, Assignment] = {}
+    pending: list[Pinned] = []
+    max_lora_rank = config.engine.max_lora_rank
+    admission_class = admission_class_of(base, num_layers, max_lora_rank)
+    recall = Recall(ledger, base_unit, admission_class, find_whole(store, ledger))
+
+    def admit_one(one: Found, role: Role = "candidate") -> tuple[Row, Admitted | None]:
+        return admit_row(one, role, base, num_layers, max_lora_rank, base_unit)
+
     for one, role in found:
-        row, admitted = admit_row(one, role, base, num_layers, config.engine.max_lora_rank, base_unit)
+        known, key = recall.row(one)
+        admitted = None
+        if known is not None:
+            row = replace(known, role=role)
+        elif isinstance(one, Pinned):
+            row = waiting_row(one)
+            pending.append(one)
+        else:
+            row, admitted = admit_one(one, role)
+            recall.remember(key, row)
         row = keep_apart(row, rows)
         rows.append(row)
         if admitted is not None and row.unit is not None and row.unit != base_unit:
             assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
     if len({row.id for row in rows}) != len(rows):
         raise ValueError("candidates.path must hold folders with distinct names once they are made printable")
-    store = open_store(config)
+    ledger.commit()
     store.write_suites(suites.key, _stored_prompts(suites))
     return Plan(
         config=config,
@@ -123,6 +159,8 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
         base_unit=base_unit,
         replay_unit=replace(base_unit, candidate_key=base.content_sha256 + REPLAY),
         assignments=tuple(assignments.values()),
+        ledger=ledger,
+        arrivals=Arrivals(pending, remote, recall, admit_one, config) if remote and pending else None,
     )
 
 
@@ -236,26 +274,40 @@ def print_plan(config: AuditConfig) -> int:
     """The verb `plan`: what a sweep would do, candidate by candidate. Runs nothing.
 
     Returns:
-        0, or 3 when there is nothing to audit.
+        0, 3 when there is nothing to audit, or 2 when the source does not answer or a sweep is reading it.
     """
+    config.require_inputs()
+    is_folder = config.candidates.source is Source.folder
+    try:
+        with nullcontext() if is_folder else Lease(Path(config.out_dir)):  # a listing has one reader
+            plan = make_plan(config)
+    except (LeaseHeld, SourceError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     console = Console(emoji=False)
-    plan = make_plan(config)
     title = f"{len(plan.candidates)} candidates" + (f", {len(plan.nulls)} null members" if plan.nulls else "")
     table = Table("candidate", "kind", "plan", "why", title=title)
+    waiting = {one.id for one in plan.arrivals.pending} if plan.arrivals else set()
+    todo = {task.unit.key for task in plan.assignments if not plan.store.has(task.unit.key)}
     for row in plan.rows:
-        done = row.unit is not None and plan.store.has(row.unit.key)
-        what = "done already" if done else "audit" if row.unit else row.status
+        what = row.status if row.unit is None else "audit" if row.unit.key in todo else "done already"
+        what = "fetch, admit, audit" if row.id in waiting else what
         table.add_row(
             *(printable(text or "") for text in (row.id, row.kind, what, row.reason or "; ".join(row.notes)))
         )
     console.print(table, markup=False)
-    todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
     tokens = plan.suites.num_tokens
+    if plan.arrivals is not None:
+        console.print(
+            f"{len(plan.arrivals.groups())} distinct candidates to fetch, "
+            f"{plan.arrivals.num_bytes} bytes at most",
+            markup=False,
+        )
     console.print(
-        f"{len(todo)} of {len(plan.assignments)} distinct finetunes to audit, {tokens} tokens each "
+        f"{len(todo)} of {len(plan.units)} distinct finetunes to audit, {tokens} tokens each "
         f"({tokens * len(todo)} in all), hook {plan.sae.hook_name}, k {plan.k}",
         markup=False,
     )
     for status, count in sorted(Counter(row.status for row in plan.rows).items()):
         console.print(f"  {count:>6} {status}", markup=False)
-    return 0 if any(row.unit for row in plan.candidates) else 3
+    return 0 if waiting or any(row.unit for row in plan.candidates) else 3

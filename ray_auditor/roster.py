@@ -6,6 +6,9 @@ from typing import Literal
 
 from ray_auditor.config import AuditConfig
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, Refused, admit, list_folder
+from ray_auditor.hub.remote import Pinned
+from ray_auditor.hub.source import Remote, find_candidates
+from ray_auditor.ledger import Ledger
 from ray_auditor.store import Unit
 
 NULL_PREFIX = "null/"  # of the ids of null members: no folder's name holds a slash, so none collides
@@ -31,14 +34,25 @@ class Row:
     role: Role = "candidate"
 
 
-def list_rows(config: AuditConfig) -> Iterator[tuple[Found, Role]]:
-    """Every candidate, then every null member, as the folders hold them.
+def list_rows(
+    config: AuditConfig, remote: Remote | None, ledger: Ledger
+) -> Iterator[tuple[Found | Pinned, Role]]:
+    """Every candidate, then every null member, as their sources hold them.
+
+    Args:
+        config: Settings with every source given.
+        remote: The candidates' source, as `open_remote` gave it.
+        ledger: What earlier sweeps found out about it.
 
     Raises:
-        ValueError: A folder is not there, or is itself a finetune.
+        ValueError: A source is not there, or is itself a finetune.
+        SourceError: One stopped answering.
     """
-    for one in list_finetunes(str(config.candidates.path), "candidates.path"):
-        yield one, "candidate"
+    listing_path = ledger.path.with_name("listing.sqlite")
+    for found in find_candidates(
+        config.candidates, config.download, remote, listing_path=listing_path, ledger=ledger
+    ):
+        yield found, "candidate"
     if config.null.path is not None:
         for one in list_finetunes(config.null.path, "null.path"):
             yield replace(one, id=NULL_PREFIX + one.id), "null"
@@ -58,8 +72,10 @@ def list_finetunes(path: str, setting: str) -> list[Found]:
 
 def keep_apart(row: Row, before: Sequence[Row]) -> Row:
     """A null member with a candidate's weights is left out: nothing is compared with itself."""
+    if row.role == "candidate" or row.unit is None:
+        return row
     twins = [other.id for other in before if other.role == "candidate" and other.unit == row.unit]
-    if row.role == "candidate" or row.unit is None or not twins:
+    if not twins:
         return row
     reason = f"skipped:is_candidate: its weights are those of the candidate {twins[0]}"
     return replace(row, status="skipped", reason=reason, unit=None)

@@ -14,6 +14,7 @@ any moment leaves a unit absent or whole.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -195,6 +196,22 @@ class Store:
     def list_commits(self) -> list[Commit]:
         """Every committed unit, ordered by unit key."""
         return [self.read_commit(path.stem) for path in sorted((self.root / "commits").glob("*.json"))]
+
+    def list_stamps(self) -> dict[str, str]:
+        """By unit key, how the files of every committed unit look from outside, in two looks at folders.
+
+        Equal stamps of a unit that was whole mean that nobody wrote to it since. No file is opened.
+        """
+        commits = {path.name.removesuffix(".json"): path for path in os.scandir(self.root / "commits")}
+        stamps: dict[str, str] = {}
+        with os.scandir(self.root / "shards") as shards:
+            for shard in shards:
+                key = shard.name.partition("-")[0]
+                if key in commits:
+                    looks = [commits[key].stat(), shard.stat()]
+                    stamp = ":".join(f"{s.st_ino}.{s.st_size}.{s.st_mtime_ns}.{s.st_ctime_ns}" for s in looks)
+                    stamps[key] = f"{stamps[key]};{stamp}" if key in stamps else stamp
+        return stamps
 
     def write_suites(self, suites_key: str, prompts: Sequence[SuitePrompt]) -> None:
         """Keep the prompts for drill-down; the same again is fine, others under one key are a ShardError."""

@@ -2,21 +2,30 @@
 
 import os
 import re
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from ray_auditor.conclusion import conclude
+from ray_auditor.conclusion import EXIT_FAILED, conclude
 from ray_auditor.config import AuditConfig, ClusterConfig
+from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
+from ray_auditor.hub.remote import SourceError
+from ray_auditor.hub.secret import without_secrets
+from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate, make_plan
 from ray_auditor.report.progress import SweepProgress
+from ray_auditor.roster import keep_apart
+from ray_auditor.store import ShardError
 from ray_auditor.worker import Assignment, Worker
 
 POLL_S = 0.5
@@ -41,46 +50,99 @@ def run_sweep(config: AuditConfig) -> int:
     """The verb `sweep`: audit what is not done yet, then reduce, flag and report.
 
     Returns:
-        The exit code: 0 nothing stands out, 1 findings, 2 some failed, 3 nothing to audit.
+        The exit code: 0 nothing stands out, 1 findings, 2 some failed, the source does not answer, or another
+        sweep has `out_dir`, 3 nothing to audit.
 
     Raises:
         ValueError: An input is missing or does not fit; nothing but the base has run.
     """
+    config.require_inputs()
+    try:
+        with Lease(Path(config.out_dir)) as lease:
+            return _sweep(config, lease)
+    except (LeaseHeld, SourceError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAILED
+
+
+def _sweep(config: AuditConfig, lease: Lease) -> int:
     plan = make_plan(config)
     check_gate(plan)
     todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
-    num_done = len(plan.assignments) - len(todo)
+    arrivals = plan.arrivals
+    num_groups = len(arrivals.groups()) if arrivals else 0
     Console().print(
         f"{len(plan.candidates)} candidates listed"
         + (f", {len(plan.nulls)} null members" if plan.nulls else "")
-        + f", {len(plan.assignments)} distinct to audit: {num_done} "
-        f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each",
+        + f", {len(plan.units)} distinct to audit: {len(plan.units) - len(todo)} "
+        f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each"
+        + (f"; {num_groups} to fetch first, {arrivals.num_bytes} bytes at most" if arrivals else ""),
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
     failures: dict[str, CandidateError | str] = {}
-    if any(row.unit for row in plan.candidates) and (todo or stages):
-        num_units = len(plan.assignments) + len(bases)
-        with cluster(config.cluster) as num_threads, SweepProgress(num_units) as progress:
+    if (arrivals or any(row.unit for row in plan.candidates)) and (arrivals or todo or stages):
+        num_units = len(plan.units) + len(bases) + num_groups
+        with (
+            cluster(config.cluster) as num_threads,
+            SweepProgress(num_units) as progress,
+            closing(arrivals.stages() if arrivals else iter_nothing()) as arriving,
+        ):
             try:
                 failures = run_stages(
-                    [*stages, todo], plan, num_threads, progress, after_stage=lambda: check_gate(plan)
+                    chain([*stages, todo], arriving),
+                    plan,
+                    num_threads,
+                    progress,
+                    after_stage=lambda: check_gate(plan),
+                    num_left=len(stages) + len(todo) + num_groups,
                 )
             except BaseFailed as error:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
                 failures = {row.unit.key: str(error) for row in plan.rows if row.unit}
-    return conclude(plan, failures)
+    lease.check()
+    return finish(settle(plan), failures)
+
+
+def finish(plan: Plan, failures: dict[str, CandidateError | str]) -> int:
+    """Draw the conclusion, unless it is the last one's."""
+    conclusion = Conclusion(plan.ledger, plan.config, plan.rows, plan.store.root)
+    if not failures and conclusion.stands():
+        Console().print("nothing is new since the last sweep: its report stands", highlight=False)
+        return conclusion.repeat(History(plan.ledger, plan.base_unit, plan.candidates).whys())
+    try:
+        exit_code = conclude(plan, failures)
+    except ShardError:
+        plan.ledger.forget_stamps()  # a unit that looked untouched is not: the next sweep looks inside again
+        raise
+    if not failures:
+        conclusion.keep()
+    return exit_code
+
+
+def settle(plan: Plan) -> Plan:
+    """The plan with the rows of what arrived since it was made."""
+    if plan.arrivals is None:
+        return plan
+    rows = [plan.arrivals.rows.get(row.id, row) for row in plan.rows]
+    return replace(plan, rows=tuple(keep_apart(row, rows) for row in rows))
+
+
+def iter_nothing() -> Generator[list[Assignment], None, None]:
+    """No stage at all."""
+    yield from ()
 
 
 def run_stages(
-    stages: Sequence[Sequence[Assignment]],
+    stages: Iterable[Sequence[Assignment]],
     plan: Plan,
     num_threads: int,
     progress: SweepProgress,
     after_stage: Callable[[], None] = lambda: None,
+    num_left: int | None = None,
 ) -> dict[str, CandidateError | str]:
     """Run every stage's assignments, each stage after the one before; keep every worker busy.
 
@@ -94,6 +156,7 @@ def run_stages(
         num_threads: A worker's.
         progress: Told the state.
         after_stage: Called after every stage but the last; what it raises ends the run.
+        num_left: Assignments in all stages, at most; None: all of `progress`.
 
     Returns:
         By unit key, why an assignment has no result: the candidate's own error, or ours in words.
@@ -110,7 +173,7 @@ def run_stages(
     )
     idle = deque(actor.remote(spec) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
-    num_tokens, num_done = 0, progress.total - sum(map(len, stages))
+    num_tokens, num_done = 0, 0 if num_left is None else progress.total - num_left
     for number, stage in enumerate(stages):
         if number:
             after_stage()
@@ -187,7 +250,8 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
     if config.address is not None:
         try:
-            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+            with without_secrets():
+                ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError) as error:
             raise ValueError(
                 f"cluster.address must be that of a running Ray cluster, got {config.address!r}: {error}; "
@@ -195,13 +259,14 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
             ) from error
     else:
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with without_secrets():  # what Ray starts keeps its environment for as long as it runs
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     try:
         check_resources(config)
         yield config.threads_per_worker or max(1, num_cores // config.num_workers)

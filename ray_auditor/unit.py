@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Unit:
         if not self.k <= self.d_sae <= 1 << 31:
             raise ValueError(f"d_sae must be in [k = {self.k}, 2^31], got {self.d_sae}; lower sae.k")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """sha256 hex over the canonical JSON of the parts and the schema version."""
         return hashlib.sha256(canonical_json({"schema_version": SCHEMA_VERSION, **asdict(self)})).hexdigest()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ray_auditor.config import AuditConfig, BaseConfig, CandidatesConfig
+from ray_auditor.candidates_config import CandidatesConfig
+from ray_auditor.config import AuditConfig, BaseConfig
 from ray_auditor.demo import DemoError, prepare, print_verdict, read_labels
 from ray_auditor.reading import read_summary
 from ray_auditor.sweep import run_sweep

@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.body: bytes | None = None
+        self.body: Callable[[bytes], bytes] | None = None
         self.extra: dict[str, str] = {}
         self.cut_at: int | None = None
         self.stall_at: int | None = None
@@ -224,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(
                 302, Location=f"http://localhost:{port}{path}?signature=x", X_Linked_Size=str(len(data))
             )
-        self.send_range(data if self.body is None else self.body, path)
+        self.send_range(self.body(data) if self.body is not None else data, path)
 
     def send_range(self, data: bytes, path: str) -> None:
         start = 0
@@ -319,9 +319,14 @@ def swap(body: bytes) -> Fault:
     """Send other bytes."""
 
     def fault(handler: Handler) -> None:
-        handler.body = body
+        handler.body = lambda _: body
 
     return fault
+
+
+def garble(handler: Handler) -> None:
+    """Send as many bytes, and others."""
+    handler.body = lambda data: bytes(byte ^ 1 for byte in data)
 
 
 def hang_up(handler: Handler) -> None:

@@ -1,0 +1,148 @@
+"""What is new since the last sweep: why each candidate is where it is, and which findings nobody has seen.
+
+A night without any news ends here: the conclusion of the last one stands, and only says that nothing is new.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ray_auditor.config import AuditConfig
+from ray_auditor.durable_file import put_file
+from ray_auditor.ledger import Audit, Ledger, explain
+from ray_auditor.roster import Row
+from ray_auditor.store import Unit
+
+Finding = tuple[str, str, str]  # candidate, suite, content
+OUTPUTS = ("summary.json", "findings.parquet", "report.html")
+STANDS = "conclusion"  # the fact that holds what the last conclusion was drawn from
+# Parts of a store that a conclusion reads by key, which says what is in them, or not at all.
+KEYED = {"shards", "residuals", "commits", "suites", "tmp"}
+
+
+@dataclass(frozen=True)
+class History:
+    """The ledger's view of tonight's rows.
+
+    Args:
+        ledger: As the last sweep left it.
+        base_unit: Tonight's inputs.
+        rows: Tonight's candidates.
+    """
+
+    ledger: Ledger
+    base_unit: Unit
+    rows: Sequence[Row]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The inputs besides a candidate, under the names that `explain` uses."""
+        unit = self.base_unit
+        return {
+            "base": unit.base_key,
+            "sae": f"{unit.sae_key} {unit.hook_name}",
+            "suites": unit.suites_key,
+            "settings": f"{unit.k} {unit.engine_class}",
+        }
+
+    def whys(self) -> dict[str, str]:
+        """By candidate, why it is where it is tonight; `explain` has the words."""
+        before, parts = self.ledger.audits(), self.parts
+        return {row.id: explain(before.get(row.id), content_of(row), parts) for row in self.rows}
+
+    def new(self, flagged: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Of flagged (candidate, suite), those that were not reported before for the same weights."""
+        known = self.ledger.findings()
+        return {
+            (one, suite)
+            for one, suite, content in self._findings(flagged)
+            if (one, suite, content) not in known
+        }
+
+    def conclude(self, statuses: Mapping[str, str], flagged: Sequence[tuple[str, str]]) -> None:
+        """Make tonight the last sweep."""
+        parts = self.parts
+        audits = {row.id: Audit(content_of(row), statuses[row.id], parts) for row in self.rows}
+        self.ledger.conclude(audits, self._findings(flagged))
+
+    def _findings(self, flagged: Sequence[tuple[str, str]]) -> list[Finding]:
+        contents = {row.id: content_of(row) or "" for row in self.rows}
+        return [(candidate, suite, contents[candidate]) for candidate, suite in flagged]
+
+
+def content_of(row: Row) -> str | None:
+    """What identifies a row's weights; None when they were refused."""
+    return row.unit.candidate_key if row.unit else None
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Whether the last conclusion is still the one that would be drawn.
+
+    Args:
+        ledger: Where what it was drawn from is kept.
+        config: Tonight's settings.
+        rows: All of tonight's rows.
+        root: The store's.
+    """
+
+    ledger: Ledger
+    config: AuditConfig
+    rows: Sequence[Row]
+    root: Path
+
+    def stands(self) -> bool:
+        """Whether rows, settings, program and outputs are what they were."""
+        return self.ledger.fact(STANDS) == self._stamp()
+
+    def keep(self) -> None:
+        """Remember what the conclusion that was just written was drawn from."""
+        self.ledger.keep_fact(STANDS, self._stamp())
+
+    def repeat(self, whys: Mapping[str, str]) -> int:
+        """Say in the summary that nothing is new; returns the exit code."""
+        path = Path(self.config.out_dir) / OUTPUTS[0]
+        summary: dict[str, Any] = json.loads(path.read_bytes())
+        for candidate in summary["candidates"]:
+            candidate["why"] = whys[candidate["id"]]
+        for flag in summary["flags"]:
+            flag["new"] = False
+        if self.config.flag.only_new and summary["exit_code"] == 1:
+            summary["exit_code"] = 0
+        summary["generated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        data = json.dumps(summary, indent=1, allow_nan=False).encode()
+        put_file(path, data, temp=self.root / "tmp", replace=True)
+        self.keep()
+        exit_code: int = summary["exit_code"]
+        return exit_code
+
+    def _stamp(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            unit = row.unit.key if row.unit else None
+            said = [row.id, row.role, row.kind, row.status, row.reason, unit, row.notes, row.declared_base]
+            digest.update(json.dumps(said).encode())
+        digest.update(json.dumps(asdict(self.config), sort_keys=True).encode())
+        others = (
+            path
+            for part in sorted(self.root.iterdir())
+            if part.is_dir() and part.name not in KEYED
+            for path in sorted(part.rglob("*"))
+        )
+        program = sorted(Path(__file__).parent.rglob("*.py"))
+        outputs = [Path(self.config.out_dir) / name for name in OUTPUTS]
+        digest.update(_looks([*others, *program, *outputs]))
+        return digest.hexdigest()
+
+
+def _looks(paths: Iterable[Path]) -> bytes:
+    """How files look from outside; one that is not there looks like none that is."""
+    looks = []
+    for path in paths:
+        status = path.stat() if path.exists() else None
+        looks.append([path.name, status and (status.st_size, status.st_mtime_ns, status.st_ino)])
+    return json.dumps(looks).encode()
