@@ -26,6 +26,8 @@ class MovedFeature:
         general_delta: The same difference on the general suite.
         mean_act_base: Mean activation where the base keeps it; None where it never does.
         mean_act_candidate: The same for the candidate.
+        mean_rank_base: Mean place among a token's features where the base keeps it; 1 is the largest.
+        mean_rank_candidate: The same for the candidate.
         examples: (prompt, position) of the tokens whose activation moved most in delta's direction, one a
             prompt, largest first.
     """
@@ -37,6 +39,8 @@ class MovedFeature:
     general_delta: float
     mean_act_base: float | None
     mean_act_candidate: float | None
+    mean_rank_base: float | None
+    mean_rank_candidate: float | None
     examples: tuple[tuple[int, int], ...]
 
 
@@ -83,6 +87,8 @@ def moved_features(
                 general_delta=float(general_delta_F[feature]),
                 mean_act_base=_mean_active(acts_base_N),
                 mean_act_candidate=_mean_active(acts_cand_N),
+                mean_rank_base=_mean_rank(on_suite[0], acts_base_N),
+                mean_rank_candidate=_mean_rank(on_suite[1], acts_cand_N),
                 examples=_top_tokens(on_suite[0], gain_N, num_examples),
             )
         )
@@ -150,6 +156,12 @@ def _acts_of(rows: TokenRows, feature: int) -> npt.NDArray[np.float64]:
 def _mean_active(acts_N: npt.NDArray[np.float64]) -> float | None:
     active = acts_N[acts_N != 0]
     return float(active.mean()) if len(active) else None
+
+
+def _mean_rank(rows: TokenRows, acts_N: npt.NDArray[np.float64]) -> float | None:
+    active_N = acts_N != 0
+    larger_N = (np.abs(rows.top_acts_NK) > np.abs(acts_N)[:, None]).sum(1)
+    return float(1 + larger_N[active_N].mean()) if active_N.any() else None
 
 
 def _top_tokens(

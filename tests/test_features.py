@@ -50,9 +50,12 @@ def test_features_that_moved_on_the_suite_alone_come_first(pair):
     assert fell.rate_candidate == pytest.approx(1 / 3)
     assert (fell.delta, fell.general_delta) == (pytest.approx(-1 / 3), 0)
     assert (fell.mean_act_base, fell.mean_act_candidate) == (2.0, 2.0)
+    assert (fell.mean_rank_base, fell.mean_rank_candidate) == (1.0, 1.0)  # above features 5 and 9
     assert rose.delta == rose.rate_candidate == 15 / 60
     assert rose.rate_base == rose.general_delta == 0
     assert (rose.mean_act_base, rose.mean_act_candidate) == (None, 8.0)
+    assert rose.mean_rank_base is None
+    assert rose.mean_rank_candidate == 1 + 0 / 15  # never below another: a tie at 1.0 is none
 
 
 def test_examples_are_the_tokens_that_moved_most_one_a_prompt(pair):
