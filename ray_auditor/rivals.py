@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ray_auditor.population import Matrix, Prompts, fit_norms, score_suites
+from ray_auditor.population import (
+    CHANNELS,
+    Matrix,
+    Prompts,
+    fit_norms,
+    read_prompts,
+    score_suites,
+    settle,
+)
 from ray_auditor.rates import SuiteSums, suite_sums
 from ray_auditor.reduce import DEFAULT_KS
 from ray_auditor.standing import NUM_FOLDS
@@ -90,6 +98,11 @@ def score_rivals(
         of_suites("centred residual change", False, np.log(change_CS + 0.005)),
         of_suites("centred residual cosine", False, np.log(matrix(lambda one: 1 - one.cosine) + 1e-4)),
     ]
+    prompts = read_prompts(sums[k], k)
+    for channel in CHANNELS:  # what each channel of the audit's own score reaches by itself
+        z_CS = held_out_scores(prompts, prompts.values[channel], reference) * settle(prompts.moved_CS)
+        needs_sae = channel != "change"
+        rivals.append(of_suites(f"{channel} channel, prompt by prompt", needs_sae, z_CS, centre=False))
     means = {name: notes[name].get("mean_difference") or {} for name in names}
     if all(means[name].keys() >= set(suites) for name in names):
         mean_CS = np.array([[means[name][suite] for suite in suites] for name in names])
@@ -108,12 +121,18 @@ def centred(
     names: tuple[str, ...], suites: tuple[str, ...], values_CS: Matrix, reference: Sequence[int]
 ) -> Matrix:
     """Suite values as scores, [C, S]; members of the reference are scored by a fit without their fold."""
-    prompts = Prompts(names, suites, np.arange(len(suites)), {}, values_CS)
-    result_CS = score_suites(prompts, fit_norms(prompts, values_CS[list(reference)]), values_CS)
+    return held_out_scores(
+        Prompts(names, suites, np.arange(len(suites)), {}, values_CS), values_CS, reference
+    )
+
+
+def held_out_scores(prompts: Prompts, values_CP: Matrix, reference: Sequence[int]) -> Matrix:
+    """Scores on suites, [C, S], of any per-prompt values; members of the reference as in `centred`."""
+    result_CS = score_suites(prompts, fit_norms(prompts, values_CP[list(reference)]), values_CP)
     for fold in range(NUM_FOLDS):
         held_out = list(reference)[fold::NUM_FOLDS]
         seen = [row for row in reference if row not in set(held_out)]
         if held_out and len(seen) > 1:
-            norms = fit_norms(prompts, values_CS[seen])
-            result_CS[held_out] = score_suites(prompts, norms, values_CS)[held_out]
+            norms = fit_norms(prompts, values_CP[seen])
+            result_CS[held_out] = score_suites(prompts, norms, values_CP)[held_out]
     return result_CS
