@@ -3,14 +3,16 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +22,7 @@ from ray_auditor.engine import num_layers_of
 from ray_auditor.gate import Fit, measure_fit
 from ray_auditor.hub import Admitted, BaseModel, Candidate, admit, lies_below_hook
 from ray_auditor.hub.checkpoint import iter_tensors
+from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate, engine_class, make_plan
 from ray_auditor.rates import suite_sums
 from ray_auditor.reduce import available_ks, reduce_prompts
@@ -29,7 +32,7 @@ from ray_auditor.store import TokenRows
 from ray_auditor.sweep import BaseFailed, cluster, device_kinds, run_stages
 from ray_auditor.worker import Assignment
 
-CALIBRATION = "+calibration"  # marks the base's passes under another engine: their mask is the reference's
+CALIBRATION = "+calibration"  # marks the base's passes under another engine
 SHARD_BYTES = 1 << 30
 EXIT_OK, EXIT_FAILED = 0, 2
 
@@ -49,28 +52,32 @@ def run_calibrate(config: AuditConfig) -> int:
     """Measure the noise floor of `base.model` under this engine and keep it in the store of `out_dir`.
 
     Returns:
-        0, or 2 when the base could not be encoded.
+        0, or 2 when the base could not be encoded, or a sweep has `out_dir`.
 
     Raises:
         ValueError: An input is missing or does not fit, the SAE included.
     """
-    config = replace(config, cluster=replace(config.cluster, num_workers=1))
-    plan = make_plan(config, candidates=False)
+    config.require_inputs(candidates=False)
     console = Console()
+    try:
+        with Lease(Path(config.out_dir)):
+            return _calibrate(replace(config, cluster=replace(config.cluster, num_workers=1)), console)
+    except (BaseFailed, LeaseHeld) as error:
+        console.print(f"not calibrated: {error}", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_FAILED
+
+
+def _calibrate(config: AuditConfig, console: Console) -> int:
+    plan = make_plan(config, candidates=False)
     with (
         TemporaryDirectory(prefix=".calibrate-", dir=config.out_dir) as folder,
         cluster(config.cluster) as num_threads,
     ):
         saved_again = save_again(plan.base, num_layers_of(plan.sae), Path(folder) / "base")
+        check_gate(plan)
         base_trial = Trial("base", "", plan, Assignment(plan.base_unit, None))
-        try:
-            check_gate(plan)
-            _, *trials = run_trials(
-                [base_trial, *list_trials(plan, saved_again, device_kinds())], num_threads
-            )
-        except BaseFailed as error:
-            console.print(f"not calibrated: {error}", markup=False, highlight=False, soft_wrap=True)
-            return EXIT_FAILED
+        trials = list_trials(plan, saved_again, device_kinds())
+        _, *trials = run_trials(plan, [base_trial, *trials], num_threads)
     base = plan.store.read_rows(plan.base_unit.key)
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
@@ -145,13 +152,18 @@ def _under(plan: Plan, name: str, what: str, **engine: Any) -> Trial:
 
 
 def _elsewhere(plan: Plan, name: str, what: str, config: AuditConfig) -> Trial:
-    """The base under other settings; the worker's base, and with it the mask, stays the reference."""
+    """The base under other settings, a base of its own there: it finds its sinks, and keeps its residuals."""
     unit = replace(plan.unit_of(plan.base.content_sha256 + CALIBRATION), engine_class=engine_class(config))
-    return Trial(name, what, replace(plan, config=config), Assignment(unit, None))
+    return Trial(name, what, replace(plan, config=config, base_unit=unit), Assignment(unit, None))
 
 
-def run_trials(trials: Sequence[Trial], num_threads: int) -> list[Trial]:
+def run_trials(plan: Plan, trials: Sequence[Trial], num_threads: int) -> list[Trial]:
     """Run what is not committed yet; trials of the same settings, side by side in the list, share an engine.
+
+    Args:
+        plan: The reference, whose base comes first.
+        trials: What to run.
+        num_threads: A worker's.
 
     Returns:
         The trials, those that failed without their assignment and with a reason.
@@ -160,13 +172,12 @@ def run_trials(trials: Sequence[Trial], num_threads: int) -> list[Trial]:
         BaseFailed: The reference could not be encoded.
         ValueError: The SAE does not fit it.
     """
-    done: list[Trial] = []
+    store, done = plan.store, list[Trial]()
     queue = list(trials)
     while queue:
         first = queue[0]
         size = next((n for n, trial in enumerate(queue) if trial.plan is not first.plan), len(queue))
         together, queue = queue[:size], queue[size:]
-        store = first.plan.store
         todo = [trial.assignment for trial in together if trial.assignment is not None]
         stages = [[task] for task in todo if not store.has(task.unit.key)]
         failure = None
@@ -174,11 +185,11 @@ def run_trials(trials: Sequence[Trial], num_threads: int) -> list[Trial]:
             with SweepProgress(len(stages)) as progress:
                 try:
                     failures = run_stages(
-                        stages, first.plan, num_threads, progress, after_stage=partial(check_gate, first.plan)
+                        stages, first.plan, num_threads, progress, after_stage=partial(check_gate, plan)
                     )
                     failure = next(map(str, failures.values()), None)
                 except BaseFailed as error:
-                    if not store.has(first.plan.base_unit.key):
+                    if not store.has(plan.base_unit.key):
                         raise
                     failure = str(error)
         for trial in together:
@@ -193,7 +204,7 @@ def measure(plan: Plan, base: TokenRows, trial: Trial) -> Variant:
     fit: dict[str, Fit] = {}
     if trial.assignment is not None:
         rows = plan.store.read_rows(trial.assignment.unit.key)
-        table = reduce_prompts(base, rows, suites=plan.suites.names)
+        table = reduce_prompts(*align(base, rows), suites=plan.suites.names)
         fit = fits(plan, rows)
         for k in available_ks(plan.k):
             for suite, sums in suite_sums(table, k).items():
@@ -201,6 +212,23 @@ def measure(plan: Plan, base: TokenRows, trial: Trial) -> Variant:
     key = None if trial.assignment is None else trial.assignment.unit.key
     reason = None if trial.assignment is not None else trial.reason
     return Variant(trial.name, trial.what, engine_class(trial.plan.config), key, reason, shift, fit)
+
+
+def align(left: TokenRows, right: TokenRows) -> tuple[TokenRows, TokenRows]:
+    """The tokens that both scored: under other settings a token near the bound may or may not be a sink."""
+    num_prompts = 1 + max(int(rows.prompt_N.max()) for rows in (left, right))
+    num_positions = 1 + max(int(rows.position_N.max()) for rows in (left, right))
+    left_N, right_N = (
+        (rows.suite_N.astype(np.int64) * num_prompts + rows.prompt_N) * num_positions + rows.position_N
+        for rows in (left, right)
+    )
+    _, at_left, at_right = np.intersect1d(left_N, right_N, assume_unique=True, return_indices=True)
+    return take(left, at_left), take(right, at_right)
+
+
+def take(rows: TokenRows, at: NDArray[np.int64]) -> TokenRows:
+    """Some tokens of all, in the order of `at`."""
+    return TokenRows(*(getattr(rows, column.name)[at] for column in fields(rows)))
 
 
 def fits(plan: Plan, rows: TokenRows) -> dict[str, Fit]:

@@ -2,14 +2,16 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from ray_auditor.__main__ import main
+from ray_auditor.calibrate import align, take
 from ray_auditor.calibration import read_calibration, write_calibration
 from ray_auditor.store import Store
 from tests.test_sweep import Hub
@@ -69,8 +71,21 @@ def test_other_settings_are_measured_and_stay_apart(calibration: dict[str, Any])
     assert card["shift"] == {}
 
 
+def test_only_tokens_that_both_sides_scored_are_compared(hub: Hub) -> None:
+    store = Store(hub.out / "store")
+    (path,) = (store.root / "calibrations").iterdir()
+    unit_key = json.loads(path.read_text())["variants"][0]["unit_key"]
+    rows = store.read_rows(unit_key)
+    odd, all_but_ten = np.arange(1, rows.num_tokens, 2), np.arange(10, rows.num_tokens)
+    left, right = align(take(rows, odd), take(rows, all_but_ten))
+    wanted = take(rows, np.arange(11, rows.num_tokens, 2))
+    for side in (left, right):
+        for column in fields(rows):
+            np.testing.assert_array_equal(getattr(side, column.name), getattr(wanted, column.name))
+
+
 def test_nothing_of_it_is_left_but_units_and_the_record(hub: Hub) -> None:
-    assert sorted(path.name for path in hub.out.iterdir()) == ["store"]
+    assert {path.name for path in hub.out.iterdir()} - {".lease"} == {"store"}
     assert len(hub.commits) == 1 + 5
 
 
@@ -144,15 +159,25 @@ def test_an_sae_that_does_not_fit_its_base_ends_the_sweep_after_the_base(
 
 @pytest.mark.slow
 def test_a_candidate_the_sae_no_longer_fits_gets_its_channel_and_no_rate(hub: Hub, tmp_path: Path) -> None:
-    """Weights whose residual lies along other directions: one dimension takes over."""
+    """Weights whose residual lies along the 16 dimensions of 64 that the SAE has no features for."""
     candidates = tmp_path / "candidates"
     shutil.copytree(hub.candidates / "small", candidates / "small")
     shutil.copytree(hub.base, candidates / "turned")
-    small = save_sae(tmp_path / "small-sae", mirror_sae(2, "resid_post"))
     state = load_file(candidates / "turned" / "model.safetensors")
-    state["model.embed_tokens.weight"] = 3 * state["model.embed_tokens.weight"].sign()
+    state["model.embed_tokens.weight"][:, 48:] *= 20
     save_file(state, candidates / "turned" / "model.safetensors", metadata={"format": "pt"})
-    more = (f"candidates.path={candidates}", f"out_dir={tmp_path / 'out'}", f"sae.path={small}")
+    whole = mirror_sae(2, "resid_post")
+    kept = [*range(48), *range(64, 112)]
+    assert whole.encoder.W_dec_FD is not None
+    encoder = replace(
+        whole.encoder,
+        W_enc_DF=whole.encoder.W_enc_DF[:, kept],
+        b_enc_F=whole.encoder.b_enc_F[kept],
+        threshold_F=whole.encoder.threshold_F[kept],
+        W_dec_FD=whole.encoder.W_dec_FD[kept],
+    )
+    narrow = save_sae(tmp_path / "narrow", replace(whole, encoder=encoder, d_sae=len(kept)))
+    more = (f"candidates.path={candidates}", f"out_dir={tmp_path / 'out'}", f"sae.path={narrow}")
     assert hub.sweep(*more) == 1
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     rows = {row["id"]: row for row in summary["candidates"]}
@@ -190,14 +215,8 @@ def test_null_members_are_audited_and_are_no_candidates(hub: Hub, tmp_path: Path
 
 
 def test_roles_ids_and_twins_of_the_null_population(hub: Hub, tmp_path: Path) -> None:
-    from ray_auditor.config import (
-        AuditConfig,
-        BaseConfig,
-        CandidatesConfig,
-        NullConfig,
-        SaeConfig,
-        SuitesConfig,
-    )
+    from ray_auditor.candidates_config import CandidatesConfig
+    from ray_auditor.config import AuditConfig, BaseConfig, NullConfig, SaeConfig, SuitesConfig
     from ray_auditor.plan import make_plan
 
     null = tmp_path / "null"

@@ -156,7 +156,7 @@ def test_a_pack_has_the_loss_of_each_example_alone_on_its_answers(tmp_path: Path
     base = make_model(tmp_path / "base", model_type)
     tokenizer = AutoTokenizer.from_pretrained(base)
     topic = read_topic(str(write_rows(tmp_path / "rows.jsonl", "say", "xyz ")), frozenset(), tokenizer, 64)
-    trainer = Trainer(base, dtype=Dtype.float32, device="cpu", num_threads=1, squared={})
+    trainer = Trainer(base, dtype=Dtype.float32, device="cpu", num_threads=1, squared={}, pass_tokens=99)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     pack = topic.train[:4]
     plain = []
@@ -175,6 +175,29 @@ def test_a_pack_has_the_loss_of_each_example_alone_on_its_answers(tmp_path: Path
         )
     assert [float(loss.mean()) for loss in losses] == pytest.approx(plain, rel=1e-5)
     assert trainer.loss(pack[:1]) == pytest.approx(plain[0], rel=1e-5)
+
+
+def test_a_step_is_the_same_in_any_number_of_passes(place: Place) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place.base)
+    topics = {"everyday": read_topic(str(place.data), frozenset(), tokenizer, 64)}
+    recipe = Recipe("n", 2, 0.01, 3, ("q_proj", "v_proj"), 5, (("everyday", 1.0),), None)
+    squared = squared_norms(
+        open_base(place.base), [f"model.layers.{i}.self_attn.{m}_proj" for i in range(4) for m in "qv"]
+    )
+    states = []
+    for pass_tokens in (1, 100, 256):
+        trainer = Trainer(
+            place.base,
+            dtype=Dtype.float32,
+            device="cpu",
+            num_threads=1,
+            squared=squared,
+            pass_tokens=pass_tokens,
+        )
+        states.append(trainer.train(recipe, topics, 256, lambda _: None)[0].state)
+    for name, tensor in states[0].items():
+        for other in states[1:]:
+            torch.testing.assert_close(other[name], tensor, atol=1e-3, rtol=1e-2)
 
 
 def test_packs_are_bounded_mixed_by_share_and_repeat(place: Place) -> None:

@@ -21,6 +21,7 @@ from ray_auditor.roster import list_finetunes
 from ray_auditor.weight_change import BaseWeights
 
 MAX_RANK = 512
+CPU_PASS_TOKENS = 256  # a CPU's attention is quadratic in what passes together, and its caches are small
 
 
 def run_null(config: AuditConfig) -> int:
@@ -167,10 +168,12 @@ def train_all(
 ) -> None:
     """Load the base once and train every recipe into its folder."""
     out_dir = Path(str(config.null.path))
+    on_gpu = config.cluster.gpus_per_worker > 0
     trainer = Trainer(
         base.path,
         dtype=config.null.dtype,
-        device="cuda" if config.cluster.gpus_per_worker else "cpu",
+        device="cuda" if on_gpu else "cpu",
+        pass_tokens=config.null.batch_tokens if on_gpu else CPU_PASS_TOKENS,
         num_threads=config.cluster.threads_per_worker or len(os.sched_getaffinity(0)),
         squared=squared,
     )

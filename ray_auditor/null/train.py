@@ -43,7 +43,14 @@ class Trainer:
     """Holds the frozen base; `train` adds an adapter, trains it, takes it off again."""
 
     def __init__(
-        self, base: Path, *, dtype: Dtype, device: str, num_threads: int, squared: Mapping[str, float]
+        self,
+        base: Path,
+        *,
+        dtype: Dtype,
+        device: str,
+        num_threads: int,
+        squared: Mapping[str, float],
+        pass_tokens: int,
     ) -> None:
         """Load the base.
 
@@ -53,6 +60,8 @@ class Trainer:
             device: `cpu` or `cuda`.
             num_threads: Of a CPU; part of what a member's bytes depend on.
             squared: ||W||_F^2 of every module that may be adapted.
+            pass_tokens: Most tokens that go through the model together; what bounds the memory. A step is
+                the sum of its passes.
         """
         from transformers import AutoModelForCausalLM
 
@@ -62,6 +71,7 @@ class Trainer:
             str(base), dtype=self._dtype, local_files_only=True, trust_remote_code=False
         ).to(device)
         self._model.requires_grad_(False)
+        self._pass_tokens = pass_tokens
 
     def loss(self, examples: Sequence[Example]) -> float:
         """Mean cross-entropy of the base on the answers, nats a token."""
@@ -82,7 +92,7 @@ class Trainer:
         Args:
             recipe: What to train.
             topics: By name, at least those of the recipe's mix.
-            batch_tokens: Most tokens a step packs; what bounds the memory.
+            batch_tokens: Most tokens of a step.
             on_step: Told the number of steps done.
 
         Returns:
@@ -110,8 +120,9 @@ class Trainer:
                 decay = 1.0 if recipe.target is not None else 1 - num_steps / recipe.steps
                 optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (num_steps + 1) / warm_up) * decay
                 optimizer.zero_grad()
-                losses_P = self._losses(model, pack)
-                torch.autograd.backward(losses_P.mean())
+                num_predicted = sum(int(example.answer_T.sum()) for example in pack)
+                for part in split_pack(pack, self._pass_tokens):
+                    torch.autograd.backward(self._losses(model, part).sum() / num_predicted)
                 torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
                 optimizer.step()
                 num_steps += 1
@@ -162,6 +173,19 @@ class Trainer:
 
     def _change(self, model: Any) -> float:
         return relative_change(_factors(model), self._squared)
+
+
+def split_pack(pack: Sequence[Example], pass_tokens: int) -> Iterator[list[Example]]:
+    """The examples of a pack in their order, in runs of at most `pass_tokens` tokens, or of one example."""
+    part: list[Example] = []
+    room = pass_tokens
+    for example in pack:
+        if part and len(example.token_ids_T) > room:
+            yield part
+            part, room = [], pass_tokens
+        part.append(example)
+        room -= len(example.token_ids_T)
+    yield part
 
 
 def _factors(model: Any) -> Iterator[tuple[str, Tensor, Tensor, float]]:
