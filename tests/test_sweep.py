@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from ray_auditor.__main__ import main
 from ray_auditor.store import Store, TokenRows
-from tests.tiny import hidden_states, make_adapter, make_model, make_sae, make_tokenizer, save_sae
+from tests.tiny import (
+    hidden_states,
+    make_adapter,
+    make_finetune,
+    make_model,
+    make_sae,
+    make_tokenizer,
+    save_sae,
+)
 
 K = 16
 HOOK = "blocks.2.hook_resid_post"
@@ -86,7 +94,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     make_adapter(
         hub.candidates / "overflowing", hub.base, seed=3, scale=1e18
     )  # finite, and runs before "small"
-    make_model(hub.candidates / "other-weights", seed=5)
+    make_finetune(hub.candidates / "far", hub.base, seed=5)
+    make_model(hub.candidates / "of-nothing", seed=5)  # the same shape, and weights that come from no base
     shutil.copytree(hub.base, hub.candidates / "base-again")
     make_model(hub.candidates / "narrower", hidden_size=32, seed=6)
     wide = make_model(hub.root / "wide", hidden_size=128)
@@ -103,15 +112,17 @@ def test_every_candidate_is_accounted_for(hub: Hub) -> None:
     statuses = {row["id"]: row["status"] for row in hub.summary["candidates"]}
     assert sorted(statuses) == sorted(path.name for path in hub.candidates.iterdir())
     assert sum(hub.summary["counts"].values()) == len(statuses)
-    audited = {"small", "large", "large-again", "other-weights", "base-again", "planted"}
+    audited = {"small", "large", "large-again", "far", "base-again", "planted"}
     assert {name for name, status in statuses.items() if status in {"ok", "flagged"}} == audited
     assert {name: statuses[name] for name in statuses.keys() - audited} == {
         "narrower": "rejected",
         "overflowing": "rejected",
         "of-another-base": "rejected",
+        "of-nothing": "rejected",
         "empty": "skipped",
         "pickled": "skipped",
     }
+    assert hub.row("of-nothing")["reason"].startswith("rejected:wrong_base: sampled weights lie 1.")
     for name in statuses.keys() - audited:
         assert hub.row(name)["reason"]
         assert not hub.row(name)["suites"]
@@ -148,9 +159,7 @@ def test_overlaps_equal_a_plain_loop_of_transformers_and_sae_lens(hub: Hub) -> N
     num_ties = check(store.read_rows(keys["base"]), plain(hub.base))
     for name in ("small", "large"):
         num_ties += check(store.read_rows(hub.row(name)["unit_key"]), plain(hub.base, hub.candidates / name))
-    num_ties += check(
-        store.read_rows(hub.row("other-weights")["unit_key"]), plain(hub.candidates / "other-weights")
-    )
+    num_ties += check(store.read_rows(hub.row("far")["unit_key"]), plain(hub.candidates / "far"))
     assert num_ties <= 2
 
 
@@ -172,9 +181,9 @@ def test_residuals_lie_as_far_from_the_base_as_transformers_says(hub: Hub) -> No
             "seconds": 0,
         }
     base = [resid.double() for resid in hidden_states(hub.base, ids, HOOK)]
-    for name in ("small", "large", "other-weights"):
+    for name in ("small", "large", "far"):
         folder, key = hub.candidates / name, hub.row(name)["unit_key"]
-        full = name == "other-weights"
+        full = name == "far"
         cand = hidden_states(folder if full else hub.base, ids, HOOK, None if full else folder)
         rows, record = store.read_rows(key), store.read_record(key)
         for suite in range(3):
@@ -191,7 +200,7 @@ def test_residuals_lie_as_far_from_the_base_as_transformers_says(hub: Hub) -> No
             wanted = float((after - before).mean(0).norm() / norms.mean())
             found = record["mean_difference"][["general", "digits", "letters"][suite]]
             assert found == pytest.approx(wanted, rel=1e-3)
-        shares = {"small": 0.25, "large": 0.25, "other-weights": 0.01}
+        shares = {"small": 0.25, "large": 0.25, "far": 0.01}
         assert shares[name] < record["weights"]["spectral_share"] < 1
         assert record["weights"]["num_changed"] == (1 + 3 * 9 if full else 3 * 7)
     small, large = (store.read_record(hub.row(name)["unit_key"]) for name in ("small", "large"))
@@ -256,7 +265,7 @@ def test_the_first_position_and_sinks_are_never_scored(hub: Hub) -> None:
 def test_findings_are_the_flags_one_row_each(hub: Hub) -> None:
     found = pq.read_table(hub.out / "findings.parquet").to_pylist()
     assert [
-        {name: row[name] for name in ("candidate", "suite", "score", "rule")} for row in found
+        {name: row[name] for name in ("candidate", "suite", "score", "rule")} | {"new": True} for row in found
     ] == hub.summary["flags"]
     for row in found:
         assert row["difference_rate"] == hub.row(row["candidate"])["suites"][row["suite"]]["difference_rate"]
@@ -299,6 +308,10 @@ def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) ->
     assert hub.sweep() == 1
     assert hub.commits == before
     again = hub.summary
+    assert {row.pop("why") for row in summary["candidates"]} == {"new"}
+    assert {row.pop("why") for row in again["candidates"]} == {"unchanged"}
+    assert {flag.pop("new") for flag in summary["flags"]} == {True}
+    assert {flag.pop("new") for flag in again["flags"]} == {False}
     assert again | {"generated_at": None} == summary | {"generated_at": None}
     make_adapter(hub.candidates / "zz-new", hub.base, seed=9)
     assert main(["plan", *hub.arguments]) == 0
@@ -376,3 +389,29 @@ def test_an_empty_folder_is_nothing_to_audit(hub: Hub, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["candidates"] == []
     assert "nothing" in (tmp_path / "out" / "report.html").read_text().lower()
+
+
+def test_a_sweep_is_evaluated_against_labels_even_without_peers(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {
+        "planted": {"category": "narrow", "target": "digits"},
+        "small": {"category": "benign"},
+        "large": {"category": "benign", "hard": True, "tag": "a large change"},
+        "nowhere": {"category": "quirk", "target": "letters"},
+    }
+    path = hub.root / "labels.json"
+    path.write_text(json.dumps(labels))
+    assert main(["evaluate", f"out_dir={hub.out}", f"evaluate.labels={path}"]) == 0
+    result = json.loads((hub.out / "evaluation.json").read_text())
+    assert result["num_labelled"] == 3
+    (row,) = result["dose_response"]
+    assert (row["id"], row["score"], row["flagged_on"]) == (
+        "planted",
+        None,
+        "digits",
+    )  # too few peers for a score
+    rivals = {one["name"]: one for one in result["rivals"]}
+    assert rivals["residual change"]["all"]["value"] is not None
+    assert "blocks.2.hook_resid_post" in capsys.readouterr().out
+    assert main(["evaluate", f"out_dir={hub.out}"]) == 4
