@@ -14,7 +14,7 @@ from torch.nn import functional
 from auditor_kernels.weights import EncoderWeights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """Feature-major weights in the dtype of the products, and the scalars that need a host sync to learn."""
 

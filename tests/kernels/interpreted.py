@@ -1,9 +1,10 @@
 """Cases for Triton's interpreter; a script, because it must be switched on before Triton is imported."""
 
+import functools
 import sys
 
 import torch
-from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts
+from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts, int8_screen
 from auditor_kernels.designs import (
     capacity,
     encode_filter,
@@ -28,9 +29,15 @@ def run(design, resid, encoder, k, *, hint=None, cap=None):
     launcher.idx_NK.fill_(7)
     if design is encode_filter:
         encode_filter(launcher, hint)
+    elif design is encode_int8:
+        encode_filter(launcher, hint, functools.partial(int8_screen.filter_pass, launcher))
     else:
         design(launcher)
     return TopK(launcher.val_NK, launcher.idx_NK), launcher.num_recomputed()
+
+
+def encode_int8():
+    """Names the filter whose product is of integers; `run` knows it."""
 
 
 def kth_value(resid, encoder, k):
@@ -80,6 +87,27 @@ def case_hints():
     bad[4:6] = 0
     top, recomputed = run(encode_filter, resid, encoder, 8, hint=bad)
     assert recomputed == 6
+    assert_exact(resid, encoder, 8, top)
+
+
+def case_int8():
+    """Good hints certify, bad ones and crowded lists do not; values keep 24 bits; an outlier does no harm."""
+    encoder = make_encoder(64, 2048)
+    resid = torch.randn(16, 64)
+    resid[:, 3] *= 1e4
+    hint = kth_value(resid, encoder, 8)
+    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=64)
+    assert recomputed <= 2
+    assert_exact(resid, encoder, 8, top)
+    hint[0:2] *= 100
+    hint[2] = torch.nan
+    hint[3] = torch.inf
+    hint[4:6] = 0
+    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=64)
+    assert 6 <= recomputed <= 8
+    assert_exact(resid, encoder, 8, top)
+    top, recomputed = run(encode_int8, resid, encoder, 8, hint=kth_value(resid, encoder, 40), cap=16)
+    assert recomputed == 16
     assert_exact(resid, encoder, 8, top)
 
 
