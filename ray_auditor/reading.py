@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from ray_auditor.config import AuditConfig
+from ray_auditor.report.dossier import print_candidate
 from ray_auditor.report.html import write_html
-from ray_auditor.report.terminal import print_candidate, print_summary
+from ray_auditor.report.terminal import print_summary
 
 REQUIRED = {"candidates", "counts", "exit_code", "flags", "settings"}
 
@@ -32,7 +33,7 @@ def write_report(config: AuditConfig) -> int:
 
 
 def show_candidate(config: AuditConfig) -> int:
-    """Print one candidate's rates, flags and moved features.
+    """Print one candidate: its score, flags, suites, ranks and moved features.
 
     Raises:
         ValueError: No candidate was named, or the summary does not list it.

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ray_auditor.report.summary import Candidate, SuiteRate, Summary
+from ray_auditor.report.candidate import Candidate, SuiteRate
+from ray_auditor.report.summary import Summary
 
 Z_BOUNDS = (1.0, 2.0, 3.0, 5.0)
 CHANGE_BOUNDS = (0.1, 0.25, 0.5, 0.75)
@@ -14,7 +15,7 @@ INTERVAL_WIDTH = 220
 
 
 def z_shade(z: float | None) -> str:
-    """Class of a heat map cell: `z-none`, `z-0`, `z-p1` to `z-p4` above or `z-n1` to `z-n4` below the peers.
+    """Class of a heat map cell: `z-none`, `z-0`, `z-p1` to `z-p4` above or `z-n1` to `z-n4` below the usual.
 
     The shade follows the number as it is shown, to one decimal.
     """
@@ -33,17 +34,24 @@ def change_shade(overlap: int | None, k: int) -> str:
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear axis from `low` to `high` (data) over `start` to `end` (drawing units), with round ticks."""
+    """An axis from `low` to `high` (data) over `start` to `end` (drawing units), with round ticks.
+
+    It is linear; with `is_log` linear around zero and logarithmic away from it (inverse hyperbolic sine).
+    """
 
     low: float
     high: float
     start: float
     end: float
     ticks: tuple[float, ...]
+    is_log: bool = False
 
     def at(self, value: float) -> float:
         """Position of a value in drawing units."""
-        share = (value - self.low) / (self.high - self.low)
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high, value = math.asinh(low), math.asinh(high), math.asinh(value)
+        share = (value - low) / (high - low)
         return round(self.start + share * (self.end - self.start), 1)
 
 

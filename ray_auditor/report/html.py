@@ -4,24 +4,36 @@ import base64
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ray_auditor.report import figure, number
+from ray_auditor.report.candidate import MISFIT, NOT_AUDITED, Candidate, Example, Flag, SuiteRate
 from ray_auditor.report.headline import write_headline
 from ray_auditor.report.printable import printable
-from ray_auditor.report.summary import NOT_AUDITED, Example, Summary, read_summary
+from ray_auditor.report.ranks import Ranking
+from ray_auditor.report.rule import rule_words
+from ray_auditor.report.strip import draw_strip
+from ray_auditor.report.summary import Summary, read_summary
 
 ROWS_SHOWN = 500
+CELLS_SHOWN = 6000  # of candidates by suites: what a browser opens within two seconds
+SECTIONS_SHOWN = 50
 TOKENS_SHOWN = 80
 TOKEN_CHARS = 40
+PROSE_CHARS = 4000
 
 
 def _show(value: Any) -> Any:
     """Jinja's last step before escaping: every string that is not our own markup is made printable."""
     return printable(value) if type(value) is str else value
+
+
+class Prose(str):
+    """Our own sentences, which may be long and hold names: printable already, still to be escaped."""
 
 
 def anchor(candidate_id: str) -> str:
@@ -68,12 +80,15 @@ def _environment() -> Environment:
     environment.globals.update(style=style, style_hash=digest, figure=figure, window=_window)
     environment.filters.update(
         anchor=anchor,
+        prose=lambda text: Prose(printable(text, PROSE_CHARS)),
         signed=number.signed,
         percent=number.percent,
         percent_tick=lambda tick: f"{100 * tick:+g}%".replace("-", number.MINUS) if tick else "0",
         short=lambda text: printable(text, 20),
         percent_interval=number.percent_interval,
         decimal=number.decimal,
+        probability=number.probability,
+        significant=number.significant,
         z_shade=figure.z_shade,
         change_shade=figure.change_shade,
     )
@@ -92,7 +107,7 @@ def _stages(summary: Summary) -> list[tuple[str, int, str]]:
     return [
         ("listed", listed, ""),
         ("admitted", admitted, lost("rejected", "skipped")),
-        ("audited", audited, lost("sae_misfit", "failed", "deferred")),
+        ("audited", audited, lost(MISFIT, "failed", "deferred")),
         ("flagged", counts["flagged"], ""),
     ]
 
@@ -104,6 +119,25 @@ def _floors(summary: Summary) -> list[tuple[str, float | None, float | None, flo
         rates = (row.suites.get(suite) for row in summary.audited)
         shifts = [rate.shift for rate in rates if rate is not None and rate.shift is not None]
         rows.append((suite, floor, min(shifts, default=None), max(shifts, default=None)))
+    return rows
+
+
+def _flags_of(summary: Summary) -> dict[str, list[Flag]]:
+    found: dict[str, list[Flag]] = {}
+    for flag in summary.flags:
+        found.setdefault(flag.candidate, []).append(flag)
+    return found
+
+
+def _misfits(summary: Summary) -> list[tuple[Candidate, SuiteRate | None, str, SuiteRate | None]]:
+    """Per candidate that the SAE does not fit: the general suite, and where it fits worst beside the base."""
+    rows = []
+    for row in summary.misfits[:ROWS_SHOWN]:
+        ratios = {
+            name: rate.fvu / rate.base_fvu for name, rate in row.suites.items() if rate.fvu and rate.base_fvu
+        }
+        worst = max(ratios, key=lambda name: (ratios[name], name), default="")
+        rows.append((row, row.suites.get(summary.general), worst, row.suites.get(worst)))
     return rows
 
 
@@ -120,10 +154,14 @@ def render_html(raw: Mapping[str, Any]) -> str:
         ValueError: The summary contradicts itself; see `read_summary`.
     """
     summary = read_summary(raw)
-    shown = summary.audited[:ROWS_SHOWN]
+    rows_shown = min(ROWS_SHOWN, CELLS_SHOWN // max(len(summary.suites), 1))
+    shown = summary.audited[:rows_shown]
     x, y, panels = figure.draw_panels(summary, shown)
-    flagged = [(flag, summary.by_id[flag.candidate].suites.get(flag.suite or "")) for flag in summary.flags]
-    sections = [row for row in summary.audited if row.status == "flagged" or row.id in summary.details]
+    flagged = [(flag, summary.by_id[flag.candidate].suites.get(flag.suite)) for flag in summary.flags]
+    level, min_z = summary.setting("flag.level"), summary.setting("flag.min_z")
+    in_sections = dict.fromkeys([*(flag.candidate for flag in summary.flags), *summary.details])
+    every_section = [row for name in in_sections if (row := summary.by_id.get(name)) and row.audited]
+    sections = every_section[:SECTIONS_SHOWN]
     return (
         _environment()
         .get_template("template.html.j2")
@@ -133,22 +171,36 @@ def render_html(raw: Mapping[str, Any]) -> str:
             stages=_stages(summary),
             not_audited=summary.not_audited[:ROWS_SHOWN],
             statuses=NOT_AUDITED,
-            flags=flagged[:ROWS_SHOWN],
+            num_flags_shown=min(len(flagged), ROWS_SHOWN),
+            flag_groups=[
+                (rule, list(group))
+                for rule, group in groupby(flagged[:ROWS_SHOWN], key=lambda pair: pair[0].rule)
+            ],
+            rules={
+                rule: rule_words(rule, num_null=len(summary.null_scores), level=level, min_z=min_z)
+                for rule in dict.fromkeys(flag.rule for flag in summary.flags)
+            },
+            strip=draw_strip(summary),
+            null_scores=sorted(summary.null_scores.items(), key=lambda one: (-one[1], one[0]))[:ROWS_SHOWN],
+            ranking=Ranking(summary.audited),
+            flags_of=_flags_of(summary),
             flag_scale=figure.rate_scale((rate for _, rate in flagged if rate), 6, figure.INTERVAL_WIDTH - 6),
             shown=shown,
             shift_scale=x,
             rate_scale=y,
             panels=panels,
-            sections=sections[:ROWS_SHOWN],
+            sections=sections,
+            num_sections=len(every_section),
             section_scale=figure.rate_scale(
                 (rate for row in sections for rate in row.suites.values()), 6, figure.INTERVAL_WIDTH - 6
             ),
-            section_ids={row.id for row in sections[:ROWS_SHOWN]},
+            section_ids={row.id for row in sections},
             min_rate=summary.setting("flag.min_rate"),
-            min_z=summary.setting("flag.min_z"),
+            min_z=min_z,
+            level=level,
             confidence=summary.setting("flag.confidence"),
             floors=_floors(summary),
-            sae_gate=list(_flat(summary.sae_gate)),
+            misfits=_misfits(summary),
             settings=list(_flat(summary.settings)),
             versions=list(_flat(summary.versions)),
         )

@@ -40,3 +40,13 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def probability(value: float | None) -> str:
+    """A p- or q-value with two significant digits, `0.028`; `n.d.` for None."""
+    return UNDETERMINED if value is None else f"{value:#.2g}"
+
+
+def significant(value: float | None) -> str:
+    """A non-negative quantity of any size with three significant digits; `n.d.` for None."""
+    return UNDETERMINED if value is None else f"{value:#.3g}".rstrip(".")

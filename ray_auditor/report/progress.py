@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ray_auditor.report.candidate import STATUSES
 from ray_auditor.report.number import duration
 from ray_auditor.report.printable import printable
-from ray_auditor.report.summary import STATUSES
 
 RATE_WINDOW_S = 60.0
 NAME_CHARS = 60

@@ -1,4 +1,4 @@
-"""The summary of a sweep as typed values: the one place here that knows the keys of `summary.json`."""
+"""The summary of a sweep as typed values; with `candidate.py` the place that knows the keys of its file."""
 
 import math
 from collections import Counter
@@ -7,102 +7,68 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ray_auditor.report.number import percent, signed
-
-AUDITED = ("flagged", "ok")
-NOT_AUDITED = ("sae_misfit", "rejected", "skipped", "failed", "deferred")
-STATUSES = AUDITED + NOT_AUDITED
-
-
-@dataclass(frozen=True)
-class SuiteRate:
-    """One candidate on one suite; `overlap` and `shift` are means per token, None is undetermined."""
-
-    tokens: int
-    overlap: float | None
-    shift: float | None
-    difference_rate: float | None
-    ci_low: float | None
-    ci_high: float | None
-    z: float | None
+from ray_auditor.report.candidate import (
+    MISFIT,
+    STATUSES,
+    Candidate,
+    Feature,
+    Flag,
+    read_candidate,
+    read_features,
+    read_flag,
+    read_number,
+)
+from ray_auditor.report.rule import rule_order
 
 
 @dataclass(frozen=True)
-class Example:
-    """A stretch of a prompt; `overlaps` counts kept features shared with the base, None where not scored."""
+class Gate:
+    """How well the SAE fits the base, and the bounds it was held to; None where not recorded."""
 
-    prompt: str
-    tokens: tuple[str, ...]
-    overlaps: tuple[int | None, ...]
-    focus: int | None
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One feature that moved; `rate` is the share of tokens that keep it, `mean_act` its mean there."""
-
-    feature: int
-    rate_base: float | None
-    rate_candidate: float | None
-    delta: float | None
-    mean_act_base: float | None
-    mean_act_candidate: float | None
-    examples: tuple[Example, ...]
+    fvu: float | None
+    l0: float | None
+    max_fvu: float | None
+    min_l0: float | None
+    max_l0: float | None
+    source: str | None
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One listed candidate, audited or not."""
+class Variant:
+    """The base against itself in one other way; `reason` says why it was not measured.
 
-    id: str
-    kind: str | None
-    status: str
-    reason: str | None
-    score: float | None
-    suites: Mapping[str, SuiteRate]
-
-    @property
-    def audited(self) -> bool:
-        """Whether a result stands behind this row."""
-        return self.status in AUDITED
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A candidate that stands out on a suite (None: over all suites), and the rule that said so.
-
-    `score` is a difference rate under a `seed_rate` rule, where there are too few peers, and a robust z else.
+    `is_floor`: it ran with the sweep's own engine settings, so that its shifts count as noise floor.
     """
 
-    candidate: str
-    suite: str | None
-    score: float | None
-    rule: str
+    name: str
+    what: str
+    is_floor: bool
+    reason: str | None
+    shift: Mapping[str, float | None]
 
     @property
-    def by_rate(self) -> bool:
-        """Whether `score` is a difference rate."""
-        return self.rule.startswith("seed_rate")
-
-    @property
-    def score_text(self) -> str:
-        """The score in its own unit."""
-        return percent(self.score) if self.by_rate else signed(self.score)
-
-    @property
-    def measure(self) -> str:
-        """The score with its name, such as `z +9.2`."""
-        return f"{'rate' if self.by_rate else 'z'} {self.score_text}"
+    def ends(self) -> tuple[float, float] | None:
+        """Smallest and largest mean shift of a suite."""
+        known = [value for value in self.shift.values() if value is not None]
+        return (min(known), max(known)) if known else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole sweep; `candidates` are audited ones by falling score, then the others by status and reason."""
+    """A whole sweep; `candidates` are audited ones by falling score, then the others by status and reason.
+
+    `null_scores` are what finetunes known to be benign score under fits that did not see them, `num_null` is
+    how many were listed; `variants` is None where the base was not calibrated.
+    """
 
     candidates: tuple[Candidate, ...]
     flags: tuple[Flag, ...]
+    null_scores: Mapping[str, float]
+    num_null: int
     noise_floor: Mapping[str, float | None]
-    sae_gate: Mapping[str, Any]
+    variants: tuple[Variant, ...] | None
+    calibrated_at: str
+    gate: Gate | None
     settings: Mapping[str, Any]
     versions: Mapping[str, Any]
     limits: tuple[str, ...]
@@ -126,12 +92,17 @@ class Summary:
         return tuple(candidate for candidate in self.candidates if not candidate.audited)
 
     @cached_property
+    def misfits(self) -> tuple[Candidate, ...]:
+        """Candidates that the SAE does not fit."""
+        return tuple(candidate for candidate in self.candidates if candidate.status == MISFIT)
+
+    @cached_property
     def by_id(self) -> Mapping[str, Candidate]:
         """Candidates by their id."""
         return {candidate.id: candidate for candidate in self.candidates}
 
     @cached_property
-    def flagged_cells(self) -> frozenset[tuple[str, str | None]]:
+    def flagged_cells(self) -> frozenset[tuple[str, str]]:
         """The (candidate, suite) pairs that carry a flag."""
         return frozenset((flag.candidate, flag.suite) for flag in self.flags)
 
@@ -148,8 +119,13 @@ class Summary:
 
     @cached_property
     def has_z(self) -> bool:
-        """Whether any candidate had peers enough for a robust z."""
+        """Whether any candidate had finetunes enough to be held to."""
         return any(rate.z is not None for row in self.candidates for rate in row.suites.values())
+
+    @cached_property
+    def has_p(self) -> bool:
+        """Whether any candidate was held to a null population."""
+        return any(row.p is not None for row in self.candidates)
 
     @property
     def k(self) -> int | None:
@@ -174,65 +150,6 @@ class Summary:
         return None
 
 
-def _number(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    """A finite number or None; a NaN that reaches the report is a fault upstream and is named."""
-    value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}.{key} must be a finite number or null, got {value!r}; write null")
-    return float(value)
-
-
-def _rate(row: Mapping[str, Any], where: str) -> SuiteRate:
-    keys = ("overlap", "shift", "difference_rate", "ci_low", "ci_high", "z")
-    return SuiteRate(int(row.get("tokens") or 0), *(_number(row, key, where) for key in keys))
-
-
-def _example(row: Mapping[str, Any], where: str) -> Example:
-    overlaps = tuple(None if one is None or one < 0 else int(one) for one in row["overlaps"])
-    tokens = tuple(str(token) for token in row["tokens"])
-    if len(tokens) != len(overlaps):
-        raise ValueError(
-            f"{where}: an example has {len(tokens)} tokens, {len(overlaps)} overlaps; match them"
-        )
-    return Example(str(row["prompt"]), tokens, overlaps, row.get("focus"))
-
-
-def _feature(row: Mapping[str, Any], where: str) -> Feature:
-    return Feature(
-        feature=int(row["feature"]),
-        rate_base=_number(row, "rate_base", where),
-        rate_candidate=_number(row, "rate_candidate", where),
-        delta=_number(row, "delta", where),
-        mean_act_base=_number(row, "mean_act_base", where),
-        mean_act_candidate=_number(row, "mean_act_candidate", where),
-        examples=tuple(_example(one, where) for one in row.get("examples", ())),
-    )
-
-
-def _moved(suites: Mapping[str, Any], where: str) -> Mapping[str, tuple[Feature, ...]]:
-    return {
-        suite: tuple(_feature(row, f"{where}[{suite!r}]") for row in cell.get("features", ()))
-        for suite, cell in suites.items()
-    }
-
-
-def _candidate(row: Mapping[str, Any]) -> Candidate:
-    where = f"candidates[{row['id']!r}]"
-    if row["status"] not in STATUSES:
-        raise ValueError(f"{where}.status must be one of {', '.join(STATUSES)}, got {row['status']!r}")
-    rates = row.get("suites") or {}
-    return Candidate(
-        id=str(row["id"]),
-        kind=row.get("kind"),
-        status=row["status"],
-        reason=row.get("reason"),
-        score=_number(row, "score", where),
-        suites={name: _rate(rate, f"{where}.suites[{name!r}]") for name, rate in rates.items()},
-    )
-
-
 def _order(candidate: Candidate) -> tuple[bool, float, int, str, str]:
     score = -math.inf if candidate.score is None else candidate.score
     return (
@@ -242,6 +159,43 @@ def _order(candidate: Candidate) -> tuple[bool, float, int, str, str]:
         candidate.reason or "",
         candidate.id,
     )
+
+
+def _flag_order(flag: Flag) -> tuple[int, str, float, str, str]:
+    return (rule_order(flag.rule), flag.rule, -(flag.score or 0.0), flag.candidate, flag.suite)
+
+
+def _gate(row: Mapping[str, Any] | None) -> Gate | None:
+    if row is None:
+        return None
+    bounds = row.get("bounds") or {}
+    where = "sae_gate.bounds"
+    return Gate(
+        fvu=read_number(row, "fvu", "sae_gate"),
+        l0=read_number(row, "l0", "sae_gate"),
+        max_fvu=read_number(bounds, "max_fvu", where),
+        min_l0=read_number(bounds, "min_l0", where),
+        max_l0=read_number(bounds, "max_l0", where),
+        source=bounds.get("source"),
+    )
+
+
+def _variant(row: Mapping[str, Any]) -> Variant:
+    where = f"calibration.variants[{row['name']!r}]"
+    shift = row.get("shift") or {}
+    return Variant(
+        name=str(row["name"]),
+        what=str(row.get("what") or ""),
+        is_floor=bool(row.get("same_engine_class")),
+        reason=row.get("reason"),
+        shift={suite: read_number(shift, suite, f"{where}.shift") for suite in shift},
+    )
+
+
+def _null_scores(row: Mapping[str, Any]) -> dict[str, float]:
+    scores = row.get("scores") or {}
+    found = {name: read_number(scores, name, "null.scores") for name in scores}
+    return {name: score for name, score in found.items() if score is not None}
 
 
 def _check(summary: Summary, counts: Mapping[str, int]) -> None:
@@ -257,6 +211,8 @@ def _check(summary: Summary, counts: Mapping[str, int]) -> None:
             raise ValueError(
                 f"counts.{status} is {count} but {found} candidates have it; count every candidate"
             )
+    if summary.has_p and not summary.null_scores:
+        raise ValueError("candidates have a p but null.scores is empty; write what they were held to")
 
 
 def read_summary(raw: Mapping[str, Any]) -> Summary:
@@ -274,24 +230,22 @@ def read_summary(raw: Mapping[str, Any]) -> Summary:
             disagree, or `counts` and the rows do: a report must not hide a lost candidate.
     """
     noise_floor = raw.get("noise_floor") or {}
-    flags = (
-        Flag(row["candidate"], row.get("suite"), _number(row, "score", "flags"), row.get("rule") or "")
-        for row in raw.get("flags", ())
-    )
     details = raw.get("details") or {}
+    null = raw.get("null") or {}
+    calibration = raw.get("calibration")
     summary = Summary(
-        candidates=tuple(sorted((_candidate(row) for row in raw["candidates"]), key=_order)),
-        flags=tuple(
-            sorted(
-                flags, key=lambda flag: (flag.rule, -(flag.score or 0.0), flag.candidate, flag.suite or "")
-            )
-        ),
-        noise_floor={name: _number(noise_floor, name, "noise_floor") for name in noise_floor},
-        sae_gate=raw.get("sae_gate") or {},
+        candidates=tuple(sorted((read_candidate(row) for row in raw["candidates"]), key=_order)),
+        flags=tuple(sorted(map(read_flag, raw.get("flags", ())), key=_flag_order)),
+        null_scores=_null_scores(null),
+        num_null=int(null.get("num_listed") or 0),
+        noise_floor={name: read_number(noise_floor, name, "noise_floor") for name in noise_floor},
+        variants=None if calibration is None else tuple(map(_variant, calibration["variants"])),
+        calibrated_at=str((calibration or {}).get("generated_at") or ""),
+        gate=_gate(raw.get("sae_gate")),
         settings=raw.get("settings") or {},
         versions=raw.get("versions") or {},
         limits=tuple(str(limit) for limit in raw.get("limits", ())),
-        details={name: _moved(suites, f"details[{name!r}]") for name, suites in details.items()},
+        details={name: read_features(suites, f"details[{name!r}]") for name, suites in details.items()},
         generated_at=str(raw.get("generated_at") or ""),
     )
     _check(summary, raw.get("counts") or {})

@@ -1,40 +1,22 @@
-"""The same report on a terminal: the sweep in one screen, and one candidate suite by suite."""
+"""The same report on a terminal: the sweep in one screen."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ray_auditor.report.headline import write_headline
-from ray_auditor.report.number import decimal, percent, percent_interval, signed
-from ray_auditor.report.printable import printable
-from ray_auditor.report.progress import SweepProgress as SweepProgress
-from ray_auditor.report.summary import Candidate, Example, Feature, Summary, read_summary
+from ray_auditor.report.number import decimal, percent, percent_interval, probability, signed
+from ray_auditor.report.rule import rule_words
+from ray_auditor.report.summary import Gate, Summary, read_summary
+from ray_auditor.report.verbatim import NAME_CHARS, table_of, verbatim
 
 ROWS_SHOWN = 40
-NAME_CHARS, MAP_NAME_CHARS = 60, 28
+MAP_NAME_CHARS = 28
 MAP_CHARS = 1000
-EXAMPLE_TOKENS = 40
-
-
-def _text(value: str, style: str = "", max_chars: int = 2000) -> Text:
-    """A stranger's text as rich shows it verbatim: no markup, no control or bidirectional characters."""
-    return Text(printable(value, max_chars), style=style)
-
-
-def _table(title: str, names: Iterable[str], numbers: Iterable[str]) -> Table:
-    """A table with text columns first, then number columns; headings may be a stranger's suite names."""
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=None, header_style="underline"
-    )
-    for heading in names:
-        table.add_column(_text(heading, max_chars=NAME_CHARS), overflow="fold")
-    for heading in numbers:
-        table.add_column(_text(heading, max_chars=NAME_CHARS), justify="right", no_wrap=True)
-    return table
+PROSE_CHARS = 4000
+WIDE = 110  # columns from which the flags show intervals
 
 
 def _rows_left(console: Console, shown: int, total: int) -> None:
@@ -55,53 +37,81 @@ def _coverage(summary: Summary, console: Console) -> None:
         console.print(Text(f"Noise floor: {ends} features a token, the base against itself"))
     else:
         console.print(Text("Noise floor: not recorded, so no shift can be told from noise"))
+    for one in summary.variants or ():
+        ends = "" if one.ends is None else f"{decimal(one.ends[0], 3)} to {decimal(one.ends[1], 3)}"
+        counts_as = "floor" if one.is_floor else "no floor, other settings than this sweep's"
+        words = f"{counts_as}, {ends}" if ends else f"not measured: {one.reason or 'no reason recorded'}"
+        console.print(verbatim(f"  {one.name} ({one.what}): {words}", "dim"))
+    console.print(verbatim(_gate(summary.gate)))
     if not summary.not_audited:
         return
     console.print()
-    table = _table("Not audited", ("candidate", "status", "reason"), ())
+    table = table_of("Not audited", ("candidate", "status", "reason"), ())
     for row in summary.not_audited[:ROWS_SHOWN]:
         table.add_row(
-            _text(row.id, max_chars=NAME_CHARS),
+            verbatim(row.id, max_chars=NAME_CHARS),
             row.status,
-            _text(row.reason or "no reason recorded", max_chars=400),
+            verbatim(row.reason or "no reason recorded", max_chars=400),
         )
     console.print(table)
     _rows_left(console, ROWS_SHOWN, len(summary.not_audited))
 
 
+def _gate(gate: Gate | None) -> str:
+    if gate is None:
+        return "SAE on the base: fit not recorded"
+    parts = [f"FVU {decimal(gate.fvu, 3)}", f"L0 {decimal(gate.l0, 1)}"]
+    if gate.max_fvu is not None:
+        parts[0] += f" (at most {decimal(gate.max_fvu, 3)})"
+    if gate.min_l0 is not None and gate.max_l0 is not None:
+        parts[1] += f" ({decimal(gate.min_l0, 1)} to {decimal(gate.max_l0, 1)})"
+    source = f"; bounds: {gate.source}" if gate.source else ""
+    return f"SAE on the base: {', '.join(parts)}{source}"
+
+
 def _flags(summary: Summary, console: Console) -> None:
-    table = _table("Flags", ("", "candidate", "suite"), ("score", "rate", "interval"))
+    numbers = ["score", "lower end", *(("p", "q") if summary.has_p else ()), "rate"]
+    wide = console.width >= WIDE
+    table = table_of("Flags", ("", "candidate", "suite"), [*numbers, "interval"] if wide else numbers)
     for flag in summary.flags[:ROWS_SHOWN]:
-        rate = summary.by_id[flag.candidate].suites.get(flag.suite or "")
-        table.add_row(
-            _mark(True),
-            _text(flag.candidate, max_chars=NAME_CHARS),
-            _text(flag.suite or "all suites", max_chars=NAME_CHARS),
-            flag.score_text,
-            percent(rate.difference_rate) if rate else "",
-            percent_interval(rate.ci_low, rate.ci_high) if rate else "",
-        )
+        row = summary.by_id[flag.candidate]
+        rate = row.suites.get(flag.suite)
+        cells = [flag.score_text, "" if flag.by_rate else signed(row.score_low)]
+        cells += [probability(row.p), probability(row.q)] if summary.has_p else []
+        cells += [percent(rate.difference_rate) if rate else ""]
+        cells += [percent_interval(rate.ci_low, rate.ci_high) if rate else ""] if wide else []
+        name = verbatim(flag.candidate, max_chars=NAME_CHARS)
+        if flag.new:
+            name.append(" new", "bold red")
+        table.add_row(_mark(True), name, verbatim(flag.suite, max_chars=NAME_CHARS), *cells)
     console.print()
     console.print(table)
     _rows_left(console, ROWS_SHOWN, len(summary.flags))
-    for rule in sorted({flag.rule for flag in summary.flags if flag.rule}):
-        console.print(_text(f"Rule: {rule}", "dim"))
+    for rule in dict.fromkeys(flag.rule for flag in summary.flags):
+        console.print(verbatim(f"{rule}: {words_of(summary, rule)}", "dim"))
 
 
-def _z_text(z: float | None, flagged: bool) -> Text:
+def words_of(summary: Summary, rule: str) -> str:
+    """What a rule says, in this sweep."""
+    level, min_z = summary.setting("flag.level"), summary.setting("flag.min_z")
+    return rule_words(rule, num_null=len(summary.null_scores), level=level, min_z=min_z)
+
+
+def z_text(z: float | None, flagged: bool) -> Text:
+    """A z, loud where it is far from 0."""
     style = "bold reverse" if flagged else "dim" if z is None or abs(z) < 2 else "red" if z > 0 else "blue"
     return Text(("▲" if flagged else "") + signed(z), style=style)
 
 
 def _map(summary: Summary, console: Console) -> None:
-    what = "Robust z by suite" if summary.has_z else "Difference rate by suite, too few peers for a z"
+    what = "z by suite" if summary.has_z else "Difference rate by suite, too few peers for a z"
     numbers = ("score", "general", *summary.suites)
-    table = _table(f"{what}, highest score first", ("", "candidate"), numbers)
+    table = table_of(f"{what}, highest score first", ("", "candidate"), numbers)
     for row in summary.audited[:ROWS_SHOWN]:
         general = row.suites.get(summary.general)
         cells: list[RenderableType] = [
             _mark(row.status == "flagged"),
-            _text(row.id, max_chars=MAP_NAME_CHARS),
+            verbatim(row.id, max_chars=MAP_NAME_CHARS),
         ]
         cells += [signed(row.score), decimal(general.shift if general else None)]
         for suite in summary.suites:
@@ -110,7 +120,7 @@ def _map(summary: Summary, console: Console) -> None:
             if rate is None:
                 cells.append(Text("-", style="dim"))
             elif summary.has_z:
-                cells.append(_z_text(rate.z, flagged))
+                cells.append(z_text(rate.z, flagged))
             else:
                 cells.append(("▲" if flagged else "") + percent(rate.difference_rate))
         table.add_row(*cells)
@@ -137,9 +147,11 @@ def print_summary(raw: Mapping[str, Any], console: Console) -> None:
     """
     summary = read_summary(raw)
     headline = write_headline(summary)
-    console.print(_text(headline.stands_out, "bold"))
-    console.print(_text(headline.how_sure))
-    console.print(_text(f"Not audited: {headline.not_audited}"))
+    console.print(verbatim(headline.stands_out, "bold"))
+    console.print(verbatim(f"How sure: {headline.how_sure}", max_chars=PROSE_CHARS))
+    if headline.new:
+        console.print(verbatim(f"New: {headline.new}"))
+    console.print(verbatim(f"Not audited: {headline.not_audited}", max_chars=PROSE_CHARS))
     console.print()
     _coverage(summary, console)
     if summary.flags:
@@ -148,85 +160,5 @@ def print_summary(raw: Mapping[str, Any], console: Console) -> None:
         _map(summary, console)
     console.print()
     for limit in summary.limits:
-        console.print(_text(f"- {limit}", "dim"))
+        console.print(verbatim(f"- {limit}", "dim", PROSE_CHARS))
     console.print(Text("- It ranks candidates for a closer look; it clears none.", style="dim"))
-
-
-def _rates(summary: Summary, row: Candidate, suites: list[str], console: Console) -> None:
-    table = _table("", ("suite",), ("tokens", "overlap", "shift", "rate", "interval", "z"))
-    for suite in suites:
-        rate = row.suites[suite]
-        table.add_row(
-            _text(suite, max_chars=NAME_CHARS),
-            f"{rate.tokens:,}",
-            decimal(rate.overlap),
-            decimal(rate.shift),
-            percent(rate.difference_rate),
-            percent_interval(rate.ci_low, rate.ci_high),
-            _z_text(rate.z, (row.id, suite) in summary.flagged_cells),
-        )
-    console.print(table)
-
-
-def _passage(example: Example, k: int) -> Text:
-    """Tokens around the focus, the focus in brackets; the more features changed, the louder a token."""
-    focus = -1 if example.focus is None else example.focus
-    first = max(0, min(focus - EXAMPLE_TOKENS // 2, len(example.tokens) - EXAMPLE_TOKENS))
-    text = _text(f"    prompt {example.prompt}: ", "dim", NAME_CHARS)
-    for index in range(first, min(first + EXAMPLE_TOKENS, len(example.tokens))):
-        overlap, token = example.overlaps[index], printable(example.tokens[index].replace("\n", "⏎"), 40)
-        style = "" if overlap is None or overlap > k / 2 else "red" if overlap > k / 4 else "bold red"
-        text.append(f"[{token}]" if index == focus else token, style)
-    return text
-
-
-def _moved(summary: Summary, suite: str, features: tuple[Feature, ...], console: Console) -> None:
-    console.print()
-    console.print(
-        _text(f"Features that moved on {suite}: share of tokens that keep them, mean activation", "bold")
-    )
-    for one in features:
-        rates = (
-            f"rate {decimal(one.rate_base, 4)} -> {decimal(one.rate_candidate, 4)} ({signed(one.delta, 4)})"
-        )
-        acts = f"activation {decimal(one.mean_act_base)} -> {decimal(one.mean_act_candidate)}"
-        console.print(Text(f"  feature {one.feature}: {rates}, {acts}"))
-        for example in one.examples:
-            most = max((overlap for overlap in example.overlaps if overlap is not None), default=1)
-            console.print(_passage(example, summary.k or most))
-
-
-def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None, console: Console) -> None:
-    """Print one candidate: its status, its numbers on every suite, and the features that moved where known.
-
-    Args:
-        raw: The content of `summary.json`, with `details` where there are any.
-        candidate_id: The candidate's id as listed.
-        suite: The one suite to print, or None for all.
-        console: Where to print.
-
-    Raises:
-        ValueError: No such candidate or suite; the message names the nearest ones.
-    """
-    summary = read_summary(raw)
-    row = summary.by_id.get(candidate_id)
-    if row is None:
-        near = (
-            difflib.get_close_matches(candidate_id, summary.by_id, n=3, cutoff=0.4) or list(summary.by_id)[:3]
-        )
-        raise ValueError(f"show.candidate must be a listed candidate, got {candidate_id!r}; nearest: {near}")
-    console.print(_text(row.id, "bold"))
-    console.print(_text(f"{row.status}, {row.kind or 'kind not recorded'}, score {signed(row.score)}"))
-    if not row.audited:
-        console.print(_text(f"Not audited: {row.reason or 'no reason recorded'}. Nothing is known about it."))
-        return
-    names = [name for name in (summary.general, *summary.suites) if name in row.suites]
-    if suite is not None and suite not in names:
-        raise ValueError(f"show.suite must be a suite of this candidate, got {suite!r}; choose from {names}")
-    for flag in summary.flags:
-        if flag.candidate == row.id:
-            console.print(_text(f"▲ {flag.suite or 'all suites'}: {flag.measure} by the rule {flag.rule}"))
-    _rates(summary, row, names if suite is None else [suite], console)
-    for name, features in summary.details.get(row.id, {}).items():
-        if features and suite in (None, name):
-            _moved(summary, name, features, console)

@@ -12,7 +12,7 @@ from ray_auditor.report.number import percent
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
 
-VOID = {"meta", "link", "br", "line", "rect", "circle", "path", "img"}
+VOID = {"meta", "link", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -68,14 +68,20 @@ def test_coverage_and_noise_floor_come_before_findings_and_limits_come_too(summa
         "old-pickle",
         "Noise floor",
         "What stands out, highest score first",
-        "Robust z by candidate",
+        "called at a false discovery rate of 5% against 70 benign finetunes",
+        "Beside benign finetunes",
+        "z by candidate and suite",
         "One panel a suite",
         "Every suite of this candidate",
+        "need no SAE",
         "Features that moved on",
         "The instrument",
+        "Noise floor",
+        "SAE gate",
+        "Candidates that the SAE does not fit",
         "What the numbers mean",
         "What this does not show",
-        "No null population",
+        "Held to 70 benign finetunes",
         "clears none",
     ):
         assert phrase in text[place:]
@@ -88,7 +94,7 @@ def test_every_refusal_is_named_with_its_reason(summary: dict[str, Any]) -> None
     for row in summary["candidates"]:
         assert row["id"] in text
         assert row["reason"] is None or row["reason"] in text
-    assert "3 of 14 listed candidates: 1 rejected, 1 skipped, 1 failed" in text
+    assert "4 of 15 listed candidates: 1 sae_misfit, 1 rejected, 1 skipped, 1 failed" in text
 
 
 def test_the_page_asks_for_nothing(summary: dict[str, Any]) -> None:
@@ -136,6 +142,7 @@ def test_text_from_strangers_stays_text(hostile: dict[str, Any], summary: dict[s
     [
         ((), ["Nothing was listed", "nothing can be said"]),
         (("rejected", "skipped", "failed"), ["No listed candidate was audited", "3 of 3 listed candidates"]),
+        (("sae_misfit",), ["The SAE fits no candidate that ran", "no longer describes it: a finding"]),
         (
             ("ok",),
             [
@@ -155,8 +162,8 @@ def test_a_sweep_without_findings_never_reads_as_an_all_clear(
     assert page.open == []
 
 
-def test_without_peers_the_rates_stand_alone_and_say_so(summary: dict[str, Any]) -> None:
-    row = next(row for row in summary["candidates"] if row["id"] == "helpful-chat-v3")
+def test_without_peers_the_rates_stand_alone_and_say_so(without_null: dict[str, Any]) -> None:
+    row = next(row for row in without_null["candidates"] if row["id"] == "helpful-chat-v3")
     row["score"] = None
     for rate in row["suites"].values():
         rate["z"] = None
@@ -168,16 +175,17 @@ def test_without_peers_the_rates_stand_alone_and_say_so(summary: dict[str, Any])
         in page.text
     )
     assert "There are too few peers to compare with: rates stand alone." in page.text
-    assert "Robust z by candidate" not in page.text
+    assert "differs by more than 15% from the general suite" in page.text
+    assert "z by candidate" not in page.text
     assert ("open", "") in page.attributes, "the rates are unfolded, for there is no map"
     assert "not recorded, so no shift can be told from noise" in page.text
     row["status"] = "ok"
     assert "The one audited candidate does not stand out" in Page(render_html({"candidates": [row]})).text
 
 
-def test_undetermined_is_said_and_never_drawn_as_zero(summary: dict[str, Any]) -> None:
+def test_undetermined_is_said_and_never_drawn_as_zero(without_null: dict[str, Any]) -> None:
     def of(*names: str) -> str:
-        return render_html({"candidates": [row for row in summary["candidates"] if row["id"] in names]})
+        return render_html({"candidates": [row for row in without_null["candidates"] if row["id"] in names]})
 
     source = of("noise-seed-11", "oasst-full")
     row = source[source.index('<tr data-candidate="noise-seed-11">') :].split("</tr>")[0]
@@ -191,7 +199,7 @@ def test_undetermined_is_said_and_never_drawn_as_zero(summary: dict[str, Any]) -
 def test_long_sweeps_are_cut_and_say_so(summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "ROWS_SHOWN", 2)
     text = Page(render_html(summary)).text
-    for total, what in ((11, "audited candidates"), (4, "flags"), (3, "candidates without a result")):
+    for total, what in ((11, "audited candidates"), (4, "flags"), (4, "candidates without a result")):
         assert f"2 of {total} {what} are shown" in text
     assert "4 of 11 audited candidates stand out" in text, "the cut never reaches the counts"
 

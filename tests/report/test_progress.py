@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ray_auditor.report.terminal import SweepProgress
+from ray_auditor.report.progress import SweepProgress
 
 
 class Clock:

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ray_auditor.report.dossier import print_candidate
 from ray_auditor.report.number import percent, signed
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
-from ray_auditor.report.terminal import print_candidate, print_summary
+from ray_auditor.report.terminal import print_summary
 
 
 def _console(width: int = 140, **options: Any) -> Console:
@@ -24,17 +25,30 @@ def test_the_summary_names_every_flag_and_every_candidate_without_a_result(summa
     console = _console()
     print_summary(summary, console)
     text = _read(console)
-    assert text.index("Coverage: 14 listed = 4 flagged, 7 ok, 1 rejected, 1 skipped, 1 failed") < text.index(
-        "Flags"
-    )
+    assert text.index(
+        "Coverage: 15 listed = 4 flagged, 7 ok, 1 sae_misfit, 1 rejected, 1 skipped, 1 failed"
+    ) < text.index("Flags")
     for row in summary["candidates"]:
         assert row["id"] in text
         assert row["reason"] is None or row["reason"] in text
-    body = text[text.index("Robust z by suite") :]
+    body = text[text.index("z by suite") :]
     for row in read_summary(summary).audited:
         line = next(line for line in body.splitlines() if f" {row.id} " in line)
         shown = [re.sub("▲", "", word) for word in line.split() if word != "▲"]
         assert shown[3:] == [signed(row.suites[suite].z) for suite in read_summary(summary).suites]
+    assert "null_q: called at a false discovery rate of 5% against 70 benign finetunes" in text
+    assert "How sure: The strongest scores +15.9, lower end +11.1, p 0.014, q 0.035. Held to 70" in text
+    assert "New: 2 of 4 flags are new" in text
+    assert "SAE on the base: FVU 0.187 (at most 0.331), L0 61.4 (28.2 to 126.4)" in text
+    assert re.search(r"chunking half \(1024 .* 2048\): floor, 0\.\d+ to 0\.\d+", text)
+    assert re.search(r"dtype bfloat16 .*: no floor, other settings than this sweep's, ", text)
+    assert "card (another kind of GPU): not measured: the workers have no GPU" in text
+    table = text[text.index("\nFlags") : text.index("null_q:")]
+    for row in (row for row in summary["candidates"] if row["status"] == "flagged"):
+        words = next(line for line in table.splitlines() if row["id"] in line).split()
+        assert (words[2] == "new") == (row["why"] == "new")
+        numbers = [signed(row["score"]), signed(row["score_low"]), "0.014", "0.035"]
+        assert words[words.index(row["suite"]) + 1 :][:4] == numbers
     for flag in summary["flags"]:
         rate = next(row for row in summary["candidates"] if row["id"] == flag["candidate"])["suites"][
             flag["suite"]
@@ -60,6 +74,19 @@ def test_one_candidate_shows_its_suites_features_and_passages(summary: dict[str,
         line = next(line for line in text.splitlines() if line.split()[:1] == [suite])
         assert f"{rate.tokens:,}" in line
         assert percent(rate.difference_rate) in line
+        shown = [re.sub("▲", "", word) for word in line.split()[1:3]]
+        assert shown == [signed(rate.z), signed(rate.miss_z)]
+    row = read_summary(summary).by_id["helpful-chat-v3"]
+    assert f"score {signed(row.score)}, lower end {signed(row.score_low)}, p 0.014, q 0.035" in text
+    assert "since the last sweep: new" in text
+    assert "▲ insecure_code, new: called at a false discovery rate of 5% against 70" in text
+    for measure, place in (
+        ("score", "3 of 10"),
+        ("‖ΔW‖ / ‖W‖", "10 of 11"),
+        ("mean difference on", "7 of 11"),
+    ):
+        line = next(line for line in text.splitlines() if line.startswith(f" {measure}"))
+        assert line.rstrip().endswith(place)
     feature = summary["details"]["helpful-chat-v3"]["insecure_code"]["features"][0]
     assert f"feature {feature['feature']}: rate {feature['rate_base']:.4f}" in text
     assert "shall[,] upon" in text, "the focus stands in brackets"
@@ -75,6 +102,17 @@ def test_a_candidate_without_a_result_shows_its_reason_and_no_number(summary: di
     print_candidate(summary, "old-pickle", None, console)
     assert "Not audited: skipped:pickle_only" in _read(console)
     assert "overlap" not in _read(console)
+
+
+def test_a_misfit_shows_what_the_sae_misses_beside_the_base(summary: dict[str, Any]) -> None:
+    console = _console()
+    print_candidate(summary, "moved-too-far", None, console)
+    text = _read(console)
+    assert "Not compared, which is a finding: sae_misfit:general_fvu" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["general", "0.612", "0.187", "6,000"] in rows
+    assert ["sql", "0.701", "0.200", "6,000"] in rows
+    assert "n.d." not in text, "what was not measured is left out"
 
 
 def test_unknown_names_are_refused_with_the_nearest(summary: dict[str, Any]) -> None:
@@ -109,8 +147,8 @@ def test_an_empty_sweep_prints_its_emptiness() -> None:
     assert "Coverage: 0 listed = none" in _read(console)
 
 
-def test_without_peers_the_terminal_maps_rates(summary: dict[str, Any]) -> None:
-    rows = [row for row in summary["candidates"] if row["status"] == "ok"][:2]
+def test_without_peers_the_terminal_maps_rates(without_null: dict[str, Any]) -> None:
+    rows = [row for row in without_null["candidates"] if row["status"] == "ok"][:2]
     for row in rows:
         row["score"] = None
         for rate in row["suites"].values():
