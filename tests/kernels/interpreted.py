@@ -111,6 +111,23 @@ def case_int8():
     assert_exact(resid, encoder, 8, top)
 
 
+def case_int8_classes():
+    """Thresholds, gates and two sides, sizes that are multiples of nothing, rows that are not finite."""
+    for dtype, options in (
+        (torch.float16, {"threshold": 0.5, "max_active": 6}),
+        (torch.float32, {"two_sided": True, "threshold": 0.2}),
+    ):
+        encoder = make_encoder(33, 301, dtype=dtype, **options)
+        resid = torch.randn(8, 33).to(dtype)
+        resid[1] = 0
+        resid[3, 2] = torch.nan
+        resid[5, 1] = -torch.inf
+        resid[7, 0] = 1e3
+        hint = kth_value(resid.nan_to_num(), encoder, 9)
+        top, _ = run(encode_int8, resid, encoder, 9, hint=hint, cap=64)
+        assert_exact(resid, encoder, 9, top)
+
+
 def case_overflow_fails_closed():
     """Winners that crowd one group, or a list too short for them, are recomputed and never returned short."""
     encoder = make_encoder(16, 1024)

@@ -12,7 +12,17 @@ from auditor_kernels.designs import capacity, chunk_tokens, per_group
 from auditor_kernels.dispatch import Implementation, choose
 from kernel_oracle import make_encoder
 
-CASES = ["one_sided", "thresholds", "two_sided", "hints", "overflow_fails_closed", "ties", "fvu", "int8"]
+CASES = [
+    "one_sided",
+    "thresholds",
+    "two_sided",
+    "hints",
+    "overflow_fails_closed",
+    "ties",
+    "fvu",
+    "int8",
+    "int8_classes",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
