@@ -16,7 +16,7 @@ import ray_auditor.weight_change as weight_change
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, admit, open_base
 from ray_auditor.hub.weights import read_weights
 from ray_auditor.weight_change import BaseWeights, WeightChange, largest_energy
-from tests.tiny import make_adapter, make_model
+from tests.tiny import make_adapter, make_finetune, make_model
 
 State = dict[str, Tensor]
 
@@ -238,7 +238,7 @@ def test_a_base_read_for_one_candidate_serves_the_next(tmp_path: Path) -> None:
     path = make_model(tmp_path / "base")
     base = open_base(path)
     adapter = admitted(base, make_adapter(tmp_path / "adapter", path), "adapter")
-    other = admitted(base, make_model(tmp_path / "other", seed=1), "full")
+    other = admitted(base, make_finetune(tmp_path / "other", path, seed=1), "full")
     weights = BaseWeights(base)
     mixed = [weights.change_of(one) for one in (adapter, other, adapter, other)]
     assert mixed == [BaseWeights(base).change_of(one) for one in (adapter, other, adapter, other)]
@@ -247,7 +247,7 @@ def test_a_base_read_for_one_candidate_serves_the_next(tmp_path: Path) -> None:
 def test_a_file_that_changed_is_the_fault_of_its_owner(tmp_path: Path) -> None:
     path = make_model(tmp_path / "base")
     base = open_base(path)
-    other = admitted(base, make_model(tmp_path / "other", seed=1), "full")
+    other = admitted(base, make_finetune(tmp_path / "other", path, seed=1), "full")
     (tmp_path / "other" / "model.safetensors").touch()
     with pytest.raises(CandidateError, match="changed"):
         BaseWeights(base).change_of(other)

@@ -1,10 +1,12 @@
 """Tiny random models, adapters and SAEs, made on the spot: the real formats at a size a test can run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from auditor_kernels import EncoderWeights
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -46,6 +48,17 @@ def make_model(path: Path, model_type: str = "llama", *, seed: int = 0, **change
                 parameter.normal_(0, 0.2 if parameter.dim() == 2 else 0.05)
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_finetune(path: Path, base: Path, *, seed: int = 0, scale: float = 0.3) -> Path:
+    """Save the base with noise on every tensor, `scale` of its own standard deviation."""
+    shutil.copytree(base, path)
+    state = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in state.values():
+        tensor += scale * tensor.std() * torch.randn(tensor.shape, generator=generator)
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

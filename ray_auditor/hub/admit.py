@@ -10,7 +10,9 @@ from ray_auditor.hub.candidate import Admitted, BaseModel, Candidate, CandidateE
 from ray_auditor.hub.config_json import read_object
 from ray_auditor.hub.content import hash_content
 from ray_auditor.hub.folder import list_names
+from ray_auditor.hub.lineage import check_statistics, judge, measure_closeness, read_card
 from ray_auditor.hub.model_config import REMOTE_CODE, check_bounds, computation_fields, find_differences
+from ray_auditor.hub.tokenizer import note_tokenizer
 from ray_auditor.hub.weights import fit_to_base, read_weights
 
 CONFIG_NAME = "config.json"
@@ -72,6 +74,8 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
         CandidateError: the candidate is not safe, not sound, or not comparable with the base.
     """
     names = list_names(candidate.path)
+    card = read_card(candidate.path, names)
+    findings = note_tokenizer(base.path, candidate.path, names)
     if candidate.kind == "adapter":
         read, lora, notes = read_adapter(
             candidate.path, base, num_layers=num_layers, max_lora_rank=max_lora_rank
@@ -79,7 +83,7 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
         scalings = [
             [name, lora.modules[name].rank, lora.modules[name].scaling] for name in sorted(lora.modules)
         ]
-        notes += _note_code({}, names)
+        notes += [*_note_code({}, names), *findings, *judge(base, card, lora.base_model, None).conflicts]
         return Admitted(candidate, hash_content(read, scalings), read, lora, tuple(notes))
 
     config = _read_config(candidate.path, names)
@@ -88,6 +92,13 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
         raise CandidateError("rejected", "arch_mismatch", "; ".join(different[:MAX_SHOWN]))
     notes += _note_code(config, names)
     read, more_notes = fit_to_base(base.tensors, read_weights(candidate.path, names), num_layers)
+    closeness = measure_closeness(base.tensors, read)
+    if closeness is not None:
+        check_statistics(closeness)
+    lineage = judge(base, card, None, closeness)
+    if lineage.verdict == "wrong_base":
+        raise CandidateError("rejected", "wrong_base", "; ".join(lineage.evidence[::-1]))
+    more_notes += [*findings, *lineage.conflicts]
     content_sha256 = hash_content(read)
     if content_sha256 == base.content_sha256:
         more_notes.append("every tensor the audit reads is identical to the base's")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ def list_names(folder: Path) -> list[str]:
     """Names of the folder's entries, sorted; at most MAX_FILES.
 
     Raises:
-        CandidateError: more entries than that, two names that differ in case only, or no permission to look.
+        CandidateError: more entries than that, two names that some disks take for one, or no permission
+            to look.
     """
     names: list[str] = []
     try:
@@ -32,13 +34,17 @@ def list_names(folder: Path) -> list[str]:
                     raise CandidateError(
                         "rejected", "too_many_files", f"more than {MAX_FILES} files in a folder"
                     )
+    except NotADirectoryError as error:
+        raise CandidateError("rejected", "not_a_folder", "it is neither a folder nor a file") from error
     except OSError as error:
         raise CandidateError("deferred", "unreadable", f"the folder: {error.strerror}") from error
-    lower: dict[str, str] = {}
+    alike: dict[str, str] = {}
     for name in names:
-        if (other := lower.setdefault(name.lower(), name)) != name:
-            # Which of the two a case-insensitive disk would serve is not ours to guess.
-            raise CandidateError("rejected", "duplicate_name", f"{other!r} and {name!r} differ in case only")
+        if (other := alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
+            # Which of the two a disk that ignores case or composes letters would serve is not ours to guess.
+            raise CandidateError(
+                "rejected", "duplicate_name", f"{other!r} and {name!r} differ in case or composition only"
+            )
     return sorted(names)
 
 

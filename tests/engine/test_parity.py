@@ -17,6 +17,7 @@ from tests.tiny import (
     MODEL_TYPES,
     hidden_states,
     make_adapter,
+    make_finetune,
     make_model,
     make_sae,
     mirror_sae,
@@ -74,7 +75,7 @@ def test_swapped_weights_and_adapters_equal_transformers_and_leave_no_trace(tmp_
     """A -> full B -> adapter on A -> another adapter -> A: every state is what a fresh model would be."""
     hook, sae = "blocks.2.hook_resid_post", mirror_sae(2, "resid_post")
     path = make_model(tmp_path / "base")
-    other = make_model(tmp_path / "other", seed=1)
+    other = make_finetune(tmp_path / "other", path, seed=1)
     adapters = [make_adapter(tmp_path / f"adapter{r}", path, seed=r, rank=r) for r in (2, 8)]
     base = open_base(path)
 

@@ -15,7 +15,7 @@ from ray_auditor.engine.live import Engine
 from ray_auditor.engine.residuals import Comparison, Moves, Recording
 from ray_auditor.hub import Candidate, admit, open_base
 from tests.engine.test_parity import PROMPTS, SETTINGS, open_engine
-from tests.tiny import hidden_states, make_adapter, make_model, make_sae
+from tests.tiny import hidden_states, make_adapter, make_finetune, make_model, make_sae
 
 NUM_TOKENS = sum(map(len, PROMPTS))
 SUITES = 2
@@ -120,7 +120,7 @@ def test_full_weights_and_adapters_lie_as_far_from_the_base_as_transformers_says
     """In both orders of the prompts, which are two batchings; and the base is where it was."""
     hook = "blocks.2.hook_resid_post"
     path = make_model(tmp_path / "base")
-    other = make_model(tmp_path / "other", seed=1)
+    other = make_finetune(tmp_path / "other", path, seed=1)
     adapter = make_adapter(tmp_path / "adapter", path, seed=2, rank=8, scale=0.05)
     base = open_base(path)
     base_MD = torch.cat(hidden_states(path, PROMPTS, hook))
@@ -145,7 +145,7 @@ def test_full_weights_and_adapters_lie_as_far_from_the_base_as_transformers_says
 
 def test_half_precision_is_held_to_its_own_residuals(tmp_path: Path) -> None:
     path = make_model(tmp_path / "base")
-    other = make_model(tmp_path / "other", seed=1)
+    other = make_finetune(tmp_path / "other", path, seed=1)
     settings = EngineConfig(
         dtype=Dtype.bfloat16, max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=0
     )

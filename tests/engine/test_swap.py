@@ -26,7 +26,7 @@ from ray_auditor.engine.parameters import (
 from ray_auditor.engine.staging import Staging
 from ray_auditor.hub import Admitted, Candidate, CandidateError, TensorSpec, admit, open_base
 from ray_auditor.hub.weights import read_weights
-from tests.tiny import make_adapter, make_model, make_sae
+from tests.tiny import make_adapter, make_finetune, make_model, make_sae
 
 SETTINGS = EngineConfig(max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=8)
 PROMPT = [[5, 6, 7, 8, 9, 10]]
@@ -173,7 +173,7 @@ def test_the_checksum_sees_rows_and_halves_that_changed_places() -> None:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     make_model(root / "base")
-    make_model(root / "other", seed=1)
+    make_finetune(root / "other", root / "base", seed=1)
     make_adapter(root / "adapter", root / "base", seed=3)
     return root
 
@@ -244,7 +244,7 @@ def test_an_adapter_that_vllm_placed_otherwise_gives_no_result(
 
 
 def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: Engine) -> None:
-    make_model(hub / "changing", seed=2)
+    make_finetune(hub / "changing", hub / "base", seed=2)
     candidate = admitted(hub, "changing", "full")
     weights = hub / "changing" / "model.safetensors"
     state = load_file(weights)

@@ -72,11 +72,18 @@ SHAPES = {
 Tensors = dict[str, np.ndarray | tuple[str, np.ndarray]]
 
 
-def model_tensors(seed: int = 0) -> Tensors:
+def random_tensors(seed: int) -> dict[str, np.ndarray]:
+    """Weights that come from nothing."""
     rng = np.random.default_rng(seed)
     names = {f"model.layers.{i}.{name}.weight": shape for i in range(3) for name, shape in SHAPES.items()}
     shapes = {"model.embed_tokens.weight": (10, 8), "model.norm.weight": (8,), **names}
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def model_tensors(seed: int = 0) -> Tensors:
+    """The base's weights for seed 0, a finetune's for any other."""
+    base, noise = random_tensors(0), random_tensors(seed)
+    return {name: array + 0.05 * noise[name] if seed else array for name, array in base.items()}
 
 
 def adapter_tensors(seed: int = 0, rank: int = 2, layers: int = 3) -> Tensors:

@@ -70,7 +70,10 @@ def test_I6_I7_no_code_runs_and_no_other_file_is_opened(hub: Hub, audit_events) 
         "config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors",
         "model-1.safetensors", "model.safetensors.index.json",
     }  # fmt: skip
-    assert {path.parent.parent for path in opened} == {hub.root}
+    assert {path.parent.parent for path in opened} == {hub.root, hub.base_path.parent}
+    assert {path for path in opened if path.parent.parent != hub.root} == {
+        hub.base_path / "model.safetensors"
+    }
     assert outcomes == {
         "sound": "ok",
         "sound-lora": "ok",
