@@ -20,7 +20,7 @@ from ray_auditor.report.strip import draw_strip
 from ray_auditor.report.summary import Summary, read_summary
 
 ROWS_SHOWN = 500
-CELLS_SHOWN = 6000  # of candidates by suites: what a browser opens within two seconds
+CELLS_SHOWN = 4000  # of candidates by suites, in the map, the panels and the rates
 SECTIONS_SHOWN = 50
 TOKENS_SHOWN = 80
 TOKEN_CHARS = 40

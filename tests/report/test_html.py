@@ -204,6 +204,28 @@ def test_long_sweeps_are_cut_and_say_so(summary: dict[str, Any], monkeypatch: py
     assert "4 of 11 audited candidates stand out" in text, "the cut never reaches the counts"
 
 
+def test_what_grows_with_candidates_times_suites_is_bounded(
+    summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(html, "CELLS_SHOWN", 21)
+    monkeypatch.setattr(html, "SECTIONS_SHOWN", 3)
+    source = render_html(summary)
+    page = Page(source)
+    assert "3 of 11 audited candidates are shown" in page.text
+    assert "3 of 4 are shown, the strongest first" in page.text
+    assert source.count("<article ") == 3
+    ids = {value for name, value in page.attributes if name == "id"}
+    shown = {html.anchor(name) for name in ("smol-legal-lora-r8", "smol-medqa-merged", "helpful-chat-v3")}
+    assert {one for one in ids if one.startswith("c-") and not one.endswith("-title")} == shown
+    links = [value[1:] for name, value in page.attributes if name == "href" and value.startswith("#c-")]
+    assert set(links) <= ids, "a candidate without a section is no link"
+
+
+def test_long_sentences_of_our_own_are_not_cut(summary: dict[str, Any]) -> None:
+    summary["limits"] = ["one <b>long</b> limit, " * 30]
+    assert "one &lt;b&gt;long&lt;/b&gt; limit, " * 30 in render_html(summary)
+
+
 def test_the_file_appears_whole_or_not_at_all(summary: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_html(json.loads(json.dumps(summary)), path)
