@@ -164,7 +164,9 @@ def test_a_candidate_the_sae_no_longer_fits_gets_its_channel_and_no_rate(hub: Hu
     shutil.copytree(hub.candidates / "small", candidates / "small")
     shutil.copytree(hub.base, candidates / "turned")
     state = load_file(candidates / "turned" / "model.safetensors")
-    state["model.embed_tokens.weight"][:, 48:] *= 20
+    for name, tensor in state.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[48:] *= 20
     save_file(state, candidates / "turned" / "model.safetensors", metadata={"format": "pt"})
     whole = mirror_sae(2, "resid_post")
     kept = [*range(48), *range(64, 112)]

@@ -170,9 +170,8 @@ def test_a_pack_has_the_loss_of_each_example_alone_on_its_answers(tmp_path: Path
             loss = model(torch.tensor(example.token_ids_T)[None], labels=labels).loss
         plain.append(float(loss))
     with torch.no_grad():
-        losses = trainer._losses(trainer._model, pack).split(
-            [int(example.answer_T.sum()) for example in pack]
-        )
+        counts = [int(example.answer_T.sum()) for example in pack]
+        losses = torch.split(trainer._losses(trainer._model, pack), counts)
     assert [float(loss.mean()) for loss in losses] == pytest.approx(plain, rel=1e-5)
     assert trainer.loss(pack[:1]) == pytest.approx(plain[0], rel=1e-5)
 
@@ -319,16 +318,15 @@ def test_members_stop_at_a_change_drawn_from_the_candidates(place: Place, tmp_pa
     )
     place_out, place.out = place.out, tmp_path / "matched"
     try:
-        arguments = place.arguments(
-            "null.count=4", "null.steps=[60,1]", f"null.match={adapters}", "null.dtype=float32"
-        )
+        arguments = place.arguments("null.count=4", "null.steps=[60,1]", f"null.match={adapters}")
         assert main(arguments) == 0
         reached = [label for label in place.labels.values() if label["reached_target"]]
         assert reached
         for label in place.labels.values():
             assert wanted[0] <= label["target_change"] <= wanted[-1]
             if label["reached_target"]:
-                assert label["relative_change"] < 1.5 * label["target_change"]
+                ratio = label["relative_change"] / label["target_change"]
+                assert 1 - 2**-7 < ratio < 1.5  # rounded to bfloat16 after the target was reached
                 assert label["trained_steps"] < 60
             else:
                 assert label["trained_steps"] == label["steps"]

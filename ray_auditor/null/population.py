@@ -31,7 +31,7 @@ def make_label(recipe: Recipe, member: Member, losses: Mapping[str, list[float]]
         "trained_steps": member.trained_steps,
         "trained_tokens": member.trained_tokens,
         "relative_change": member.relative_change,
-        "reached_target": None if recipe.target is None else member.relative_change >= recipe.target,
+        "reached_target": member.reached_target,
     }
 
 

@@ -36,7 +36,8 @@ class Member:
     trained_steps: int
     trained_tokens: int
     params: int
-    relative_change: float
+    relative_change: float  # of the tensors as they are saved
+    reached_target: bool | None  # None without one
 
 
 class Trainer:
@@ -115,6 +116,7 @@ class Trainer:
             optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
             warm_up = max(1, min(WARM_UP, recipe.steps // 10))
             num_steps = num_tokens = 0
+            reached = None if recipe.target is None else False
             model.train()
             for pack in islice(iter_packs(topics, recipe, batch_tokens), recipe.steps):
                 decay = 1.0 if recipe.target is not None else 1 - num_steps / recipe.steps
@@ -129,6 +131,7 @@ class Trainer:
                 num_tokens += sum(len(example.token_ids_T) for example in pack)
                 on_step(num_steps)
                 if recipe.target is not None and self._change(model) >= recipe.target:
+                    reached = True
                     break
             losses = {name: self._mean_loss(model, topics[name].held_out) for name, _ in recipe.mix}
             for parameter in trained:  # as it is saved
@@ -139,7 +142,7 @@ class Trainer:
                 if parameter.requires_grad
             }
             num_params = sum(parameter.numel() for parameter in trained)
-            member = Member(state, num_steps, num_tokens, num_params, self._change(model))
+            member = Member(state, num_steps, num_tokens, num_params, self._change(model), reached)
         finally:
             self._model = model.unload()
         return member, losses
