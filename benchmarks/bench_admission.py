@@ -50,10 +50,10 @@ HEAVY = {
     "a header of 31 MB of one string": "string",
     "a header nested without end": "nested",
     "an index of 1 GB": "index_size",
-    "an index of 16 MB": "index",
+    "an index of 190,000 tensors": "index",
     "a config of 1 MB, nested": "config_nested",
     "a config with a billion layers": "config_bomb",
-    "a tokenizer of 16 MB of tokens": "tokens",
+    "a tokenizer of 8 MB of tokens": "tokens",
     "a tokenizer of 1 GB": "tokenizer_size",
 }
 
@@ -86,7 +86,7 @@ def write_heavy(what: str, folder: Path) -> None:
     elif what == "config_bomb":
         (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 10**9}))
     else:
-        vocab = ",".join(f'"token-{i:07}":{i}' for i in range(700_000))
+        vocab = ",".join(f'"token-{i:07}":{i}' for i in range(360_000))
         (folder / "tokenizer.json").write_text('{"model": {"vocab": {' + vocab + "}}}")
         if what == "tokenizer_size":
             os.truncate(folder / "tokenizer.json", 1 << 30)

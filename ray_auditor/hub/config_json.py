@@ -5,7 +5,6 @@ disagree on such a file audit two different models.
 """
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,8 +53,11 @@ def parse_object(raw: bytes, name: str, *, max_items: int = 200_000, code: str =
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            refuse(f"the key {key!r} is there twice")
+            known: set[str] = set()
+            for key, _ in pairs:
+                if key in known:
+                    refuse(f"the key {key!r} is there twice")
+                known.add(key)
         return found
 
     if (num_items := sum(raw.count(c) for c in (b",", b"[", b"{"))) > max_items:

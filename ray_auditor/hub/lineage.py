@@ -31,6 +31,8 @@ MAX_CARD_BYTES = 64 << 10  # of which the front matter is read
 _CARD_BASE = re.compile(r"base_model:[ \t]*(.*)")
 _CARD_ITEM = re.compile(r"[ \t]*-[ \t]+(.+)")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_PATH = re.compile(r"[/~.].*|.*(?:\\|://|/.*/).*", re.DOTALL)
+_CACHED = re.compile(r"models--([A-Za-z0-9._-]+?)--([A-Za-z0-9._-]+)")
 
 Verdict = Literal["of_base", "wrong_base", "unknown"]
 
@@ -131,14 +133,15 @@ def judge(base: BaseModel, card: Sequence[str], named: str | None, closeness: Cl
     """
     claims = [("the model card", name) for name in card]
     claims += [("adapter_config.json", named)] if named else []
-    own = _own_name(base)
+    own = _own_names(base)
     evidence = [f"{who} names {printable(name, 80)}" for who, name in claims]
     conflicts = []
-    if own is not None:
+    if own:
+        known = {_last(name) for name in (*own, base.path.name)}
         conflicts += [
-            f"lineage_conflict: {who} names {printable(name, 80)}, the base is {own}"
+            f"lineage_conflict: {who} names {printable(name, 80)}, the base is {own[0]}"
             for who, name in claims
-            if _REPO.fullmatch(name) and _last(name) != _last(own)
+            if not _PATH.fullmatch(name) and _last(name) not in known
         ]
     if named and card and _last(named) not in {_last(name) for name in card}:
         conflicts.append(
@@ -147,8 +150,8 @@ def judge(base: BaseModel, card: Sequence[str], named: str | None, closeness: Cl
         )
     if len(card) > 1:
         conflicts.append(f"lineage_merge: a merge of {len(card)} models is compared with one base")
-    if named and not _REPO.fullmatch(named):
-        conflicts.append("lineage_path: the declared base is no repository's name; it is followed nowhere")
+    if named and _PATH.fullmatch(named):
+        conflicts.append("lineage_path: the declared base is a path or an address; it is followed nowhere")
     if closeness is not None:
         evidence.append(
             f"sampled weights lie {closeness.distance:.3g} of the base's norm away ({closeness.num_sampled} "
@@ -162,8 +165,8 @@ def judge(base: BaseModel, card: Sequence[str], named: str | None, closeness: Cl
         return Lineage("of_base", tuple(evidence), tuple(conflicts))
     if named is None and not card:
         conflicts.append("lineage_inferred: no base is declared; every module has the shape of the base's")
-    known = own is not None and any(_last(name) == _last(own) for _, name in claims)
-    return Lineage("of_base" if known else "unknown", tuple(evidence), tuple(conflicts))
+    agrees = {_last(name) for name in own} & {_last(name) for _, name in claims}
+    return Lineage("of_base" if agrees else "unknown", tuple(evidence), tuple(conflicts))
 
 
 def read_card(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
@@ -194,10 +197,14 @@ def read_card(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name.strip(" \t\"'[]") for name in found[:16])
 
 
-def _own_name(base: BaseModel) -> str | None:
-    """What the base calls itself, if that is a repository's name."""
+def _own_names(base: BaseModel) -> tuple[str, ...]:
+    """What the base is called: by the cache it lies in, and by its own config."""
+    cached = _CACHED.fullmatch(base.path.parent.parent.name)  # models--AUTHOR--NAME/snapshots/COMMIT
+    found = [f"{cached[1]}/{cached[2]}"] if cached else []
     name = base.config.get("_name_or_path")
-    return name if isinstance(name, str) and _REPO.fullmatch(name) else None
+    if isinstance(name, str) and _REPO.fullmatch(name):
+        found.append(name)
+    return tuple(found)
 
 
 def _last(name: str) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 from ray_auditor.hub.candidate import CandidateError
 from ray_auditor.hub.config_json import parse_object
-from ray_auditor.hub.folder import open_file, read_exactly
+from ray_auditor.hub.folder import open_file, read_exactly, read_file
 
-MAX_BYTES = 16 << 20  # of a tokenizer.json that is described; the largest in use are compared as bytes
-MAX_COMPARED_BYTES = 64 << 20
+MAX_BYTES = 8 << 20  # of a tokenizer.json that is described; larger ones are another or not
 MAX_ITEMS = 1_000_000
+CHUNK_BYTES = 1 << 20
 
 JSON_NAME = "tokenizer.json"
 # Compared as bytes: other spellings of a tokenizer, and templates.
@@ -49,21 +49,19 @@ def note_tokenizer(base: Path, folder: Path, names: Sequence[str]) -> list[str]:
     """
     notes = []
     changed = [name for name in PLAIN_NAMES if name in names and (base / name).is_file()]
-    changed = [name for name in changed if _read(folder, name) != _read(base, name)]
+    changed = [name for name in changed if _differs(base, folder, name)]
     if changed:
         what = "chat_template" if changed == ["chat_template.jinja"] else "tokenizer"
         notes.append(f"{what}_changed: {', '.join(changed)}; the base's own is used")
     if JSON_NAME not in names or not (base / JSON_NAME).is_file():
         return notes
-    theirs = _read(folder, JSON_NAME)
-    if theirs is None:
-        return [*notes, f"tokenizer_hostile: {JSON_NAME} has more than {MAX_COMPARED_BYTES} bytes; not read"]
-    if theirs == _read(base, JSON_NAME):
+    if not _differs(base, folder, JSON_NAME):
         return notes
-    if len(theirs) > MAX_BYTES:
-        return [*notes, f"tokenizer_changed: {JSON_NAME} is another; the base's own is used"]
+    if (num_bytes := (folder / JSON_NAME).stat().st_size) > MAX_BYTES:
+        said = f"{JSON_NAME} of {num_bytes} bytes is another, too large to be described"
+        return [*notes, f"tokenizer_changed: {said}; the base's own is used"]
     try:
-        found = _parse(theirs)
+        found = _parse(read_file(folder, JSON_NAME, max_bytes=MAX_BYTES))
     except CandidateError as error:
         return [*notes, f"tokenizer_hostile: {error.text}; the base's own is used"]
     status = (base / JSON_NAME).stat()
@@ -74,12 +72,16 @@ def note_tokenizer(base: Path, folder: Path, names: Sequence[str]) -> list[str]:
     )
 
 
-def _read(folder: Path, name: str) -> bytes | None:
-    """A file's bytes; None when there are too many."""
-    with open_file(folder, name) as (fd, file):
-        if file.num_bytes > MAX_COMPARED_BYTES:
-            return None
-        return read_exactly(fd, 0, file.num_bytes, name)
+def _differs(base: Path, folder: Path, name: str) -> bool:
+    """Whether two files hold other bytes; of files of other sizes none is read."""
+    with open_file(base, name) as (base_fd, ours), open_file(folder, name) as (fd, theirs):
+        if ours.num_bytes != theirs.num_bytes:
+            return True
+        for start in range(0, ours.num_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, ours.num_bytes - start)
+            if read_exactly(base_fd, start, length, name) != read_exactly(fd, start, length, name):
+                return True
+    return False
 
 
 @lru_cache(maxsize=2)
@@ -87,7 +89,7 @@ def _base_facts(base: Path, num_bytes: int, mtime_ns: int) -> _Facts | None:
     """The base's, kept from one candidate to the next for as long as the file is the same."""
     assert num_bytes >= 0 <= mtime_ns, "a file has a size and a time"
     try:
-        return _parse(_read(base, JSON_NAME) or b"")
+        return _parse(read_file(base, JSON_NAME, max_bytes=MAX_BYTES))
     except CandidateError:
         return None
 

@@ -28,7 +28,7 @@ def closeness(hub: Hub, tensors: dict) -> Closeness | None:
 
 def base_named(name: str | None) -> BaseModel:
     config = CONFIG if name is None else CONFIG | {"_name_or_path": name}
-    return BaseModel(None, config, {}, "", "")  # type: ignore[arg-type]
+    return BaseModel(Path("/models/base"), config, {}, "", "")
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 0.1, 0.5])
@@ -133,12 +133,23 @@ def test_between_near_and_unrelated_nothing_is_certain() -> None:
         ("org/base", ("org/base", "org/other"), None, ["lineage_conflict", "lineage_merge"]),
         ("org/base", (), None, ["lineage_inferred"]),
         ("a folder/with/parts", (), "org/b", []),
+        (None, (), "words (about a model)", []),
+        ("org/else", (), "org/base", []),  # the folder is called so
     ],
 )
 def test_names_conflict_or_do_not(own: str | None, card: tuple, named: str | None, conflicts: list) -> None:
     found = judge(base_named(own), card, named, None)
     assert [conflict.partition(":")[0] for conflict in found.conflicts] == conflicts
     assert found.verdict in ("of_base", "unknown")  # no name convicts
+
+
+def test_the_cache_says_what_the_base_is_called() -> None:
+    path = Path("/cache/models--org--right/snapshots/abc")
+    base = BaseModel(path, CONFIG | {"_name_or_path": "org/before"}, {}, "", "")
+    assert judge(base, (), "org/right", None).verdict == "of_base"
+    assert judge(base, (), "org/before", None).conflicts == ()  # what it was itself finetuned from
+    (conflict,) = judge(base, (), "org/wrong", None).conflicts
+    assert conflict.endswith("adapter_config.json names org/wrong, the base is org/right")
 
 
 def test_weights_outweigh_names() -> None:
