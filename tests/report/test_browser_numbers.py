@@ -121,6 +121,11 @@ def test_the_picture_puts_every_score_on_one_axis(
         assert named.keys() == {flag["candidate"] for flag in summary["flags"]}
         for name, x in named.items():
             assert x == pytest.approx(at(rows[name]["score"]), abs=1.5)
+        bars = page.locator(".strip .low:first-of-type").evaluate_all(middle)
+        assert bars
+        for name, _, low, high in bars:
+            ends = [at(rows[name][end]) for end in ("score_low", "score")]
+            assert [low, high] == pytest.approx(ends, abs=2)
         dashed = page.locator(".strip .rule").evaluate_all(middle)[0][1]
         assert dashed == pytest.approx(at(max(summary["null"]["scores"].values())), abs=1.5)
         for one in page.locator(".strip text").evaluate_all(middle):
