@@ -12,27 +12,27 @@ from ray_auditor.report.number import decimal, percent, percent_interval, probab
 from ray_auditor.report.printable import printable
 from ray_auditor.report.ranks import Ranking
 from ray_auditor.report.summary import Summary, read_summary
-from ray_auditor.report.terminal import words_of, z_text
+from ray_auditor.report.terminal import WIDE, words_of, z_text
 from ray_auditor.report.verbatim import NAME_CHARS, table_of, verbatim
 
 EXAMPLE_TOKENS = 40
 
 
 def _rates(summary: Summary, row: Candidate, suites: list[str], console: Console) -> None:
-    numbers = ("z", "miss z", "overlap", "shift", "rate", "interval", "change", "tokens")
-    table = table_of("", ("suite",), numbers)
+    wide = console.width >= WIDE
+    more = ("overlap", "change", "tokens") if wide else ()
+    table = table_of("", ("suite",), ("z", "miss z", "shift", "rate", "interval", *more))
     for suite in suites:
         rate = row.suites[suite]
+        further = (decimal(rate.overlap), significant(rate.change), f"{rate.tokens:,}") if wide else ()
         table.add_row(
             verbatim(suite, max_chars=NAME_CHARS),
             z_text(rate.z, (row.id, suite) in summary.flagged_cells),
             z_text(rate.miss_z, False),
-            decimal(rate.overlap),
             decimal(rate.shift),
             percent(rate.difference_rate),
             percent_interval(rate.ci_low, rate.ci_high),
-            significant(rate.change),
-            f"{rate.tokens:,}",
+            *further,
         )
     console.print(table)
 

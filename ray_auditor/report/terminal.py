@@ -16,7 +16,7 @@ ROWS_SHOWN = 40
 MAP_NAME_CHARS = 28
 MAP_CHARS = 1000
 PROSE_CHARS = 4000
-WIDE = 110  # columns from which the flags show intervals
+WIDE = 110  # columns from which tables show everything
 
 
 def _rows_left(console: Console, shown: int, total: int) -> None:

@@ -104,6 +104,16 @@ def test_a_candidate_without_a_result_shows_its_reason_and_no_number(summary: di
     assert "overlap" not in _read(console)
 
 
+def test_a_narrow_terminal_still_shows_where_a_candidate_strays(summary: dict[str, Any]) -> None:
+    console = _console(80)
+    print_candidate(summary, "helpful-chat-v3", None, console)
+    lines = [line.split() for line in _read(console).splitlines()]
+    assert all(len(line) <= 80 for line in _read(console).splitlines())
+    for suite, rate in read_summary(summary).by_id["helpful-chat-v3"].suites.items():
+        words = next(words for words in lines if words[:1] == [suite])
+        assert words[2:5] == [signed(rate.miss_z), f"{rate.shift:.2f}", percent(rate.difference_rate)]
+
+
 def test_a_misfit_shows_what_the_sae_misses_beside_the_base(summary: dict[str, Any]) -> None:
     console = _console()
     print_candidate(summary, "moved-too-far", None, console)
