@@ -131,6 +131,7 @@ def _score(rows: list[dict[str, Any]], null: dict[str, float]) -> list[dict[str,
     for row in scored:
         row["score"] = max(row["suites"][suite]["miss_z"] for suite in TASKS)
         row["suite"] = max(TASKS, key=lambda suite: row["suites"][suite]["z"])
+        row["joint_p"] = 0.0012 if row["score"] > 3 else None
         row["score_low"] = 0.7 * row["score"] if row["score"] > 3 else None
     if null:
         p_values = conformal_p([row["score"] for row in scored], list(null.values())).tolist()

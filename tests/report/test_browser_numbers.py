@@ -174,6 +174,7 @@ def test_a_candidate_stands_beside_cheaper_looks(
         for name, text in (("score", signed), ("score_low", signed), ("p", probability), ("q", probability)):
             assert text(row[name]) in facts
         assert "since the last sweep: new" in facts
+        assert "All suites together: p 0.0012 if tails were normal" in facts
         assert "strays most on insecure_code" in facts
         assert article.locator(".facts .new").count() == 1
         table = article.locator("table.suites tr[data-suite]").evaluate_all(
