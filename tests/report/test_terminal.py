@@ -79,7 +79,7 @@ def test_one_candidate_shows_its_suites_features_and_passages(summary: dict[str,
     row = read_summary(summary).by_id["helpful-chat-v3"]
     assert f"score {signed(row.score)}, lower end {signed(row.score_low)}, p 0.014, q 0.035" in text
     assert "since the last sweep: new" in text
-    assert "all suites together p 0.0012 if tails were normal" in text
+    assert "all suites together p 0.0012 if tails were normal" in " ".join(text.split())
     assert "▲ insecure_code, new: called at a false discovery rate of 5% against 70" in text
     for measure, place in (
         ("score", "3 of 10"),
