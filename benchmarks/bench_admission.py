@@ -48,12 +48,14 @@ HEAVY = {
     "a header of 99 MB": "length",
     "a header of 31 MB of lists": "lists",
     "a header of 31 MB of one string": "string",
+    "a header of 680,000 entries of metadata": "metadata",
+    "a header of 50,000 tensors": "tensors",
     "a header nested without end": "nested",
     "an index of 1 GB": "index_size",
     "an index of 190,000 tensors": "index",
     "a config of 1 MB, nested": "config_nested",
     "a config with a billion layers": "config_bomb",
-    "a tokenizer of 8 MB of tokens": "tokens",
+    "a tokenizer of 499,000 tokens": "tokens",
     "a tokenizer of 1 GB": "tokenizer_size",
 }
 
@@ -74,6 +76,12 @@ def write_heavy(what: str, folder: Path) -> None:
         header(b'{"a":[' + b"[]," * (10 << 20) + b"0]}")
     elif what == "string":
         header(b'{"' + b"x" * (31 << 20) + b'":1}')
+    elif what == "metadata":
+        entries = (b'"%08d":"%032d"' % (i, i) for i in range(680_000))
+        header(b'{"__metadata__":{' + b",".join(entries) + b"}}")
+    elif what == "tensors":
+        entry = b'"model.layers.%d.w%s":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+        header(b"{" + b",".join(entry % (i, b"x" * 200) for i in range(50_000)) + b"}")
     elif what == "nested":
         header(b'{"a":' + b"[" * 600_000)
     elif what in ("index_size", "index"):
@@ -86,7 +94,7 @@ def write_heavy(what: str, folder: Path) -> None:
     elif what == "config_bomb":
         (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 10**9}))
     else:
-        vocab = ",".join(f'"token-{i:07}":{i}' for i in range(360_000))
+        vocab = ",".join(f'"{i}":{i % 1000}' for i in range(499_000))
         (folder / "tokenizer.json").write_text('{"model": {"vocab": {' + vocab + "}}}")
         if what == "tokenizer_size":
             os.truncate(folder / "tokenizer.json", 1 << 30)

@@ -23,6 +23,8 @@ MAX_DIM = 1 << 32
 MAX_RANK = 8
 # Items of the JSON: 3 fields, a shape and two offsets per tensor, and some metadata.
 MAX_HEADER_ITEMS = 12 * MAX_TENSORS + 100_000
+# Quotes a tensor takes, and those left for metadata: strings are what a parsed header's memory goes to.
+TENSOR_QUOTES, MAX_OTHER_QUOTES = 10, 250_000
 
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
@@ -81,8 +83,10 @@ def parse_header(raw: bytes, file: WeightFile) -> dict[str, TensorSpec]:
     label = file.path.name
     if not raw.startswith(b"{"):
         _refuse("json", f"{label}: the header must start with '{{'")
-    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+    if (num_tensors := raw.count(b'"data_offsets"')) > MAX_TENSORS:
         raise CandidateError("rejected", "header_limits", f"{label}: more than {MAX_TENSORS} tensors")
+    if raw.count(b'"') > TENSOR_QUOTES * num_tensors + MAX_OTHER_QUOTES:
+        raise CandidateError("rejected", "header_limits", f"{label}: more metadata than any model has")
     header = parse_object(raw, label, max_items=MAX_HEADER_ITEMS, code="safetensors:json")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -17,7 +17,7 @@ from ray_auditor.hub.config_json import parse_object
 from ray_auditor.hub.folder import open_file, read_exactly, read_file
 
 MAX_BYTES = 8 << 20  # of a tokenizer.json that is described; larger ones are another or not
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 500_000
 CHUNK_BYTES = 1 << 20
 
 JSON_NAME = "tokenizer.json"
@@ -57,11 +57,12 @@ def note_tokenizer(base: Path, folder: Path, names: Sequence[str]) -> list[str]:
         return notes
     if not _differs(base, folder, JSON_NAME):
         return notes
-    if (num_bytes := (folder / JSON_NAME).stat().st_size) > MAX_BYTES:
-        said = f"{JSON_NAME} of {num_bytes} bytes is another, too large to be described"
+    raw = None if (folder / JSON_NAME).stat().st_size > MAX_BYTES else _read(folder)
+    if raw is None or sum(raw.count(c) for c in (b",", b"[", b"{")) > MAX_ITEMS:
+        said = f"{JSON_NAME} is another, too large to be described"
         return [*notes, f"tokenizer_changed: {said}; the base's own is used"]
     try:
-        found = _parse(read_file(folder, JSON_NAME, max_bytes=MAX_BYTES))
+        found = _parse(raw)
     except CandidateError as error:
         return [*notes, f"tokenizer_hostile: {error.text}; the base's own is used"]
     status = (base / JSON_NAME).stat()
@@ -89,9 +90,13 @@ def _base_facts(base: Path, num_bytes: int, mtime_ns: int) -> _Facts | None:
     """The base's, kept from one candidate to the next for as long as the file is the same."""
     assert num_bytes >= 0 <= mtime_ns, "a file has a size and a time"
     try:
-        return _parse(read_file(base, JSON_NAME, max_bytes=MAX_BYTES))
+        return _parse(_read(base))
     except CandidateError:
         return None
+
+
+def _read(folder: Path) -> bytes:
+    return read_file(folder, JSON_NAME, max_bytes=MAX_BYTES)
 
 
 def _parse(raw: bytes) -> _Facts:
@@ -122,9 +127,9 @@ def _spell(merge: Any) -> str:
 
 def _describe(base: _Facts, found: _Facts) -> list[str]:
     """What differs, in words and counts alone: nothing of the file is quoted."""
-    num_new = len(found.ids.keys() - base.ids.keys())
-    num_gone = len(base.ids.keys() - found.ids.keys())
-    num_moved = sum(base.ids[token] != found.ids[token] for token in base.ids.keys() & found.ids.keys())
+    num_new = sum(token not in base.ids for token in found.ids)
+    num_gone = sum(token not in found.ids for token in base.ids)
+    num_moved = sum(found.ids.get(token, at) != at for token, at in base.ids.items())
     num_added = len(found.added - base.added)
     counts = (
         (num_new, "tokens new"),

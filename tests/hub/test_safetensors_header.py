@@ -156,11 +156,20 @@ def test_B4_a_full_header_of_small_items_costs_little(tmp_path: Path, item: byte
     start = time.process_time()
     tracemalloc.start()
     try:
-        assert refusal(path).code == "safetensors:json"
+        assert refusal(path).code == ("header_limits" if b'"' in item else "safetensors:json")
         assert tracemalloc.get_traced_memory()[1] < 200 << 20
     finally:
         tracemalloc.stop()
     assert time.process_time() - start < 1
+
+
+def test_B4_more_metadata_than_any_model_has(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    notes = {"training": json.dumps({f"tag{i}": i for i in range(20_000)})}  # as trainers really write
+    assert read_header(write_raw(path, {"__metadata__": notes})) == {}
+    many = {f"{i:08}": "v" for i in range(100_000)}
+    error = refusal(write_raw(path, {"__metadata__": many}))
+    assert error.reason.startswith("rejected:header_limits: x.safetensors: more metadata")
 
 
 def test_fifty_thousand_tensors_are_read_in_time(tmp_path: Path) -> None:
