@@ -25,7 +25,7 @@ _ROWS = (
     ("E18", "nothing to audit", "exit 3", "exit 3", "tests/test_sweep.py::test_an_empty_folder_is_nothing_to_audit"),
     ("E20", "downloads that do not fit on the disk", "others make room, or deferred:disk", "deferred:disk",
      "tests/hub/test_fetch.py::test_the_least_recently_used_makes_room_and_what_is_in_use_does_not"),
-    ("E22", "secrets in what a sweep writes or shows", "nowhere", "ok", "tests/test_nightly.py::test_no_secret_is_written_or_shown_anywhere"),
+    ("E22", "secrets in arguments, environments, texts", "nowhere", "ok", "tests/hub/test_fetch.py::test_neither_arguments_nor_environment_of_the_child_hold_the_token"),
     ("E23", "a Ray dashboard that others reach without a token", "`doctor` says so", "wrong",
      "tests/test_doctor.py::test_E23_a_dashboard_that_others_reach_without_a_token_is_wrong"),
     ("E24", "`python -O`", "refused", "usage error", "tests/test_door.py::test_assertions_must_be_on"),
