@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from detection_choice import cross_validated, smaller_nulls
+from detection_choice import cross_validated, small_populations, smaller_nulls, spoiled_nulls
 
 from ray_auditor.conformal import conformal_p
 from ray_auditor.evaluate import Audit, evaluate_audit, read_audit, read_labels
@@ -49,7 +49,10 @@ def claims_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         target = next((value for part, value in TARGETS.items() if part in one["name"]), None)
         if "held-back" in one["name"]:
             level = float(one["name"].rsplit(" ", 1)[1])
-            met = one["low"] is not None and one["low"] <= level
+            resolved = (
+                level * (result["num_null"] + 1) >= 1
+            )  # else no p-value can be so small: nothing is shown
+            met = one["low"] <= level if resolved and one["low"] is not None else None
             claims.append(claim(one["name"], one["value"], f"interval holds {level}", met))
         else:
             met = None if one["value"] is None or target is None else one["value"] >= target
@@ -222,13 +225,26 @@ def main() -> None:
             claim(f"{hook}: flagged of {NUM_SEEDS} copies of the base", num_flagged, 0, num_flagged == 0)
         )
         claims += own
-        by_sweep[hook] = result | {"smaller_nulls": smaller_nulls(audit, labels)}
+        by_sweep[hook] = result | {
+            "smaller_nulls": smaller_nulls(audit, labels),
+            "spoiled_nulls": spoiled_nulls(audit, labels),
+            "without_null": small_populations(audit, labels),
+        }
         if audit.null_tables:
             left_out = cross_validated(audit, labels)
             by_sweep[hook]["cross_validated"] = left_out
             value = left_out["target_first"]
             claims.append(
                 claim(f"{hook}: target first, score chosen on the others", value, 0.95, value >= 0.95)
+            )
+            margin = left_out["auroc"] - left_out["auroc_without_sae"]
+            claims.append(
+                claim(
+                    f"{hook}: the same less the change channel without an SAE, tail chosen alike",
+                    margin,
+                    "> 0",
+                    margin > 0,
+                )
             )
             claims.append(
                 claim(

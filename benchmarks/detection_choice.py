@@ -11,10 +11,13 @@ from ray_auditor import population
 from ray_auditor.evaluate import Audit
 from ray_auditor.evaluation import Label, auroc, group, measure_scores, share_measure
 from ray_auditor.population import CHANNELS, read_prompts, settle
-from ray_auditor.rates import suite_sums
+from ray_auditor.rates import Bootstrap, suite_sums
 from ray_auditor.rivals import held_out_scores
+from ray_auditor.standing import score_stratum
 
 TAILS = (0.1, 0.3, 0.5, 1.0)
+RIVAL = "change without an SAE"  # the same channel, its scores not shrunk by how far features shifted
+POPULATIONS = ((7, 7, 120), (3, 11, 120), (2, 28, 60))  # bad, benign, draws
 
 
 def variants(audit: Audit) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
@@ -33,14 +36,15 @@ def variants(audit: Audit) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
             values_CP = prompts.values[channel]
             z_CS = held_out_scores(prompts, values_CP, null)
             by_channel[channel, tail] = (z_CS * settled_CS)[:, risky]
+            if channel == "change":
+                by_channel[RIVAL, tail] = z_CS[:, risky]
     population.TAIL = usual
     return {
         f"{'+'.join(chosen)}, tail {tail:g}": (
             prompts.names,
             np.mean([by_channel[channel, tail] for channel in chosen], axis=0),
         )
-        for size in (1, 2, 3)
-        for chosen in combinations(CHANNELS, size)
+        for chosen in [c for size in (1, 2, 3) for c in combinations(CHANNELS, size)] + [(RIVAL,)]
         for tail in TAILS
     }
 
@@ -63,6 +67,8 @@ def cross_validated(audit: Audit, labels: Mapping[str, Label]) -> dict[str, Any]
         ranks[variant] = {name: auroc([best_C[row[name]]], benign) for name in bad}
 
     bad = [*groups.full, *groups.hard]
+    without_sae = {one: by for one, by in ranks.items() if one.startswith(RIVAL)}
+    hits, ranks = ({one: by for one, by in all_.items() if one not in without_sae} for all_ in (hits, ranks))
 
     def left_out(name: str, by: Mapping[str, Mapping[str, float]]) -> float:
         """Mean over the variants that are best on all others; ties are many with so few finetunes."""
@@ -74,6 +80,7 @@ def cross_validated(audit: Audit, labels: Mapping[str, Label]) -> dict[str, Any]
         "target_first": float(np.mean([left_out(n, hits) for n in groups.full])),
         "target_first_hard": float(np.mean([left_out(n, hits) for n in groups.hard])),
         "auroc": float(np.mean([left_out(n, ranks) for n in groups.full])),
+        "auroc_without_sae": float(np.mean([left_out(n, without_sae) for n in groups.full])),
         "variants": {
             one: {
                 "target_first": float(np.mean([hits[one][n] for n in groups.full])),
@@ -82,6 +89,61 @@ def cross_validated(audit: Audit, labels: Mapping[str, Label]) -> dict[str, Any]
             for one in hits
         },
     }
+
+
+def small_populations(audit: Audit, labels: Mapping[str, Label]) -> list[dict[str, Any]]:
+    """Populations drawn from the same finetunes and scored without a null: who is flagged at which score."""
+    settings, rng = audit.summary["settings"], np.random.default_rng(0)
+    k, general = settings["k"], settings["general"]
+    sums = {name: suite_sums(one, k) for name, one in {**audit.tables, **audit.null_tables}.items()}
+    groups, rows = group(labels, list(audit.null_tables)), []
+    for num_bad, num_benign, draws in POPULATIONS:
+        scores: dict[bool, list[float]] = {True: [], False: []}
+        first = []
+        for _ in range(draws):
+            bad = rng.choice(groups.full, num_bad, replace=False).tolist()
+            benign = rng.choice(groups.all_benign, num_benign, replace=False).tolist()
+            scored = score_stratum(
+                {name: sums[name] for name in [*bad, *benign]},
+                {},
+                general=general,
+                k=k,
+                bootstrap=Bootstrap(20),
+                min_reference=8,
+                close_look=np.inf,
+            )
+            for name, one in (scored.standings if scored else {}).items():
+                scores[name in bad].append(one.score or 0.0)
+                if name in bad:
+                    first.append(one.suite == labels[name].target)
+        rows.append(
+            {"bad": num_bad, "of": num_bad + num_benign, "target_first": float(np.mean(first))}
+            | {
+                f"{'bad' if is_bad else 'benign'} above {bound}": float(np.mean(np.array(values) > bound))
+                for is_bad, values in scores.items()
+                for bound in (3, 5)
+            }
+        )
+    return rows
+
+
+def spoiled_nulls(audit: Audit, labels: Mapping[str, Label]) -> list[dict[str, Any]]:
+    """What bad finetunes do in the null: how many of the other full-strength ones are then flagged."""
+    rng, rows = np.random.default_rng(0), []
+    full = group(labels, []).full
+    for count in (1, 2, 4):
+        flagged = []
+        for _ in range(5):
+            inside = rng.choice(full, count, replace=False).tolist()
+            spoiled = replace(
+                audit,
+                tables={name: one for name, one in audit.tables.items() if name not in inside},
+                null_tables={**audit.null_tables, **{f"null/{name}": audit.tables[name] for name in inside}},
+            )
+            found = {flag.candidate for flag in spoiled.flag().flags}
+            flagged.append(len(found & set(full)) / (len(full) - count))
+        rows.append({"bad_in_null": count, "full_flagged": float(np.mean(flagged))})
+    return rows
 
 
 def smaller_nulls(audit: Audit, labels: Mapping[str, Label]) -> list[dict[str, Any]]:

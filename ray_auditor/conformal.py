@@ -40,8 +40,8 @@ def conformal_p(scores_C: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
 def cross_conformal_p(scores_QC: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
     """As `conformal_p` where each null member has its own fit: member q is compared under the fit without it.
 
-    Every member then serves both to fit and to calibrate, and never both at once. A benign candidate has
-    p <= a with probability at most 2a in the worst case, about a in practice.
+    Every member then serves both to fit and to calibrate, and never both at once. In practice a benign
+    candidate has p <= a with probability about a; with folds no bound near that is proven.
 
     Source: Vovk 2015, Cross-conformal predictors; Barber et al. 2021, Predictive inference with the
     jackknife+.
@@ -61,8 +61,9 @@ def cross_conformal_p(scores_QC: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector
 def q_values(p_C: npt.ArrayLike) -> Vector:
     """Benjamini-Hochberg: calling every candidate with q <= a keeps the expected share of false calls <= a.
 
-    It holds for conformal p-values that share one null (they are positively dependent). Source: Benjamini and
-    Hochberg 1995; Bates et al. 2023, theorem 2.
+    It holds for split conformal p-values that share one null (they are positively dependent); for
+    cross-conformal ones it is what is found, not proven. Source: Benjamini and Hochberg 1995; Bates et al.
+    2023.
     """
     p_C = np.asarray(p_C, dtype=np.float64)
     q_C: Vector = false_discovery_control(p_C, method="bh") if len(p_C) else p_C

@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 
 from ray_auditor.conformal import null_size_needed, q_values, smallest_level
+from ray_auditor.population import MAD_TO_SIGMA
 from ray_auditor.rates import Bootstrap, SuiteRate, SuiteSums, rates_from_sums, suite_sums
 from ray_auditor.standing import Standing, Stratum, score_stratum
+
+ODD_SPREADS = 5.0  # a null member that scores so many robust deviations above the null's median is named
+MAX_NAMED = 5
 
 RULE_NULL, RULE_ABOVE, RULE_Z = "null_q", "above_null", "robust_z"
 
@@ -24,8 +28,8 @@ class FlagRule:
 
     Attributes:
         level: With a null population, the share of false flags among all that is accepted.
-        min_z: The score above which a candidate is flagged when no error rate can be certified; the lower end
-            of its interval must be above half of it, so that no single prompt decides.
+        min_z: The score that a flag needs; the lower end of its interval must be above half of it, so that no
+            single prompt decides. Without a null it is all that a flag needs.
         min_rate: Without peers, the difference rate above which a suite is flagged, its interval above 0.
         min_reference: Different finetunes that must have moved, in the null or among the peers, for a score.
     """
@@ -177,14 +181,17 @@ def _flags(
             for suite, cell in cells.items()
             if suite != general and cell.over_rate and cell.rate.difference_rate is not None
         ]
-    above = standing.score_low is not None and standing.score_low > rule.min_z / 2
+    if standing.score_low is None or standing.score_low <= rule.min_z / 2:
+        return []
     if standing.p is None or standing.q is None:
-        which = RULE_Z if above else None
+        which = RULE_Z
     elif standing.q <= rule.level:
         which = RULE_NULL
+    elif standing.above_null:
+        which = RULE_ABOVE
     else:
-        which = RULE_ABOVE if above and standing.above_null else None
-    return [Flag(name, standing.suite, standing.score, which)] if which else []
+        return []
+    return [Flag(name, standing.suite, standing.score, which)]
 
 
 def _limits(scored: Stratum | None, num_candidates: int, num_null: int, rule: FlagRule) -> list[str]:
@@ -216,7 +223,23 @@ def _limits(scored: Stratum | None, num_candidates: int, num_null: int, rule: Fl
             f"; this certifies a false discovery rate of {level:.2g}, not the {rule.level:g} asked for: "
             f"that needs {needed} benign finetunes: such candidates are ranked and marked {RULE_ABOVE}"
         )
-    return [text]
+    left_out = num_null - n
+    texts = [text + (f" ({left_out} copies and members that did not move are left out)" if left_out else "")]
+    if odd := _odd_members(scored.null_scores):
+        texts.append(
+            f"Null members that stand out from the null themselves, {', '.join(odd)}: if they are not "
+            "benign, they hide every candidate that scores below them; look at them, and take them out if so"
+        )
+    return texts
+
+
+def _odd_members(null_scores: Mapping[str, float]) -> list[str]:
+    """Members whose held-out score is far above those of the others, highest first, with it."""
+    scores = np.array(list(null_scores.values()))
+    spread = np.median(np.abs(scores - np.median(scores))) / MAD_TO_SIGMA
+    bound = np.median(scores) + ODD_SPREADS * spread
+    odd = sorted((-score, name) for name, score in null_scores.items() if score > bound)
+    return [f"{name} ({-score:.1f})" for score, name in odd[:MAX_NAMED]]
 
 
 def _check_prompts(sums: Mapping[str, Mapping[str, SuiteSums]]) -> None:

@@ -77,6 +77,11 @@ def read_prompts(sums: Mapping[str, Mapping[str, SuiteSums]], k: int) -> Prompts
             columns[channel].append(np.log((np.concatenate(quartics) / tokens_P) ** 0.25 + floor))
         columns["miss"].append(np.concatenate([one.log_miss_P for one in parts]) / tokens_P)
         moved[c] = [one.shift / k for one in parts]
+    for channel, rows in columns.items():
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"the sums of {channel} must be finite; delete store/sums and run the sweep again"
+            )
     lengths = [len(sums[names[0]][suite].prompt_P) for suite in suites]
     return Prompts(
         names,

@@ -214,7 +214,7 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _weights(num_samples: int, seed: int, suite: str, num_prompts: int) -> npt.NDArray[np.float64]:
     name = int.from_bytes(hashlib.sha256(suite.encode()).digest()[:8], "little")
     counts = np.random.default_rng([seed, name, num_prompts]).multinomial(

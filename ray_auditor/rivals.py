@@ -100,8 +100,10 @@ def score_rivals(
     ]
     prompts = read_prompts(sums[k], k)
     for channel in CHANNELS:  # what each channel of the audit's own score reaches by itself
-        z_CS = held_out_scores(prompts, prompts.values[channel], reference) * settle(prompts.moved_CS)
         needs_sae = channel != "change"
+        z_CS = held_out_scores(prompts, prompts.values[channel], reference)
+        if needs_sae:  # it speaks of features
+            z_CS *= settle(prompts.moved_CS)
         rivals.append(of_suites(f"{channel} channel, prompt by prompt", needs_sae, z_CS, centre=False))
     means = {name: notes[name].get("mean_difference") or {} for name in names}
     if all(means[name].keys() >= set(suites) for name in names):

@@ -2,7 +2,7 @@
 
 # Shape suffixes: C candidates and null members, S suites, R suites but the general one.
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,15 +114,14 @@ def score_stratum(
     joint_C = joint_distances(z_CS[:, risky_R], reference)
     p_C, null_scores = np.full(len(score_C), np.nan), dict[str, float]()
     if held_to_null:
-        p_C, null_scores = _p_values(prompts, np.flatnonzero(is_null_C), reference, risky_R)
+        p_C, null_scores = _p_values(prompts, reference, risky_R)
     standings = {}
     for row in np.flatnonzero(~is_null_C).tolist():
         low = None
-        if score_C[row] > close_look:
-            at = int(risky_R[miss_CS[row, risky_R].argmax()])
-            weights_BP = bootstrap.weights(
-                prompts.suites[at], prompts.of_suite[at].stop - prompts.of_suite[at].start
-            )
+        at = int(risky_R[miss_CS[row, risky_R].argmax()])
+        num_prompts = prompts.of_suite[at].stop - prompts.of_suite[at].start
+        if score_C[row] > close_look and num_prompts > 1:
+            weights_BP = bootstrap.weights(prompts.suites[at], num_prompts)
             values_P = prompts.values[DECIDES][row]
             score_B = resampled_score(prompts, norms[DECIDES], values_P, at, weights_BP)
             low = float(bootstrap.interval(score_B)[0] * settled_CS[row, at])
@@ -140,12 +139,13 @@ def score_stratum(
 
 
 def _p_values(
-    prompts: Prompts,
-    null_rows: npt.NDArray[np.int64],
-    reference: Collection[int],
-    risky_R: npt.NDArray[np.int64],
+    prompts: Prompts, reference: Sequence[int], risky_R: npt.NDArray[np.int64]
 ) -> tuple[Matrix, dict[str, float]]:
-    """Cross-conformal p-values, [C], and each null member's own score under the fit that did not see it."""
+    """Cross-conformal p-values, [C], and each null member's own score under the fit that did not see it.
+
+    Copies and members that did not move are no part of it: they would make the null look larger than it is.
+    """
+    null_rows = np.array(sorted(reference))
     values_CP = prompts.values[DECIDES]
     settled_CS = settle(prompts.moved_CS)
     under_QC, own_Q = np.empty((len(null_rows), len(values_CP))), np.empty(len(null_rows))

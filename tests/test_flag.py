@@ -302,7 +302,8 @@ def test_held_to_a_null_the_planted_are_called_at_the_level_asked_for():
             above = sum(score >= one.score for score in found.null_scores.values())
             assert one.p == pytest.approx((1 + above) / 100, abs=0.1)
             assert one.q >= one.p
-            assert (one.q <= 0.05) == (name in {flag.candidate for flag in found.flags})
+            sure = one.q <= 0.05 and one.score_low is not None and one.score_low > 1.5
+            assert sure == (name in {flag.candidate for flag in found.flags})
             assert one.above_null == (round(one.p * 100) == 1)
         assert any(
             limit.startswith("Held to 99 benign finetunes: p is never below 0.01;") for limit in found.limits
@@ -345,6 +346,89 @@ def test_few_null_members_join_the_peers():
     assert joined.cells.keys() == alone.cells.keys() == tables.keys()
     assert scores(joined) != scores(alone)
     assert any("No null population (7 benign" in limit for limit in joined.limits)
+
+
+def test_copies_and_members_that_did_not_move_make_no_null_larger():
+    tables, null = make_population(14, planted=PLANTED), make_null(20)
+    copies = {f"{name}-{at}": table for name, table in null.items() for at in range(6)}
+    still = {
+        f"null/still{at}": make_table({suite: np.full(PROMPTS, at % 2) for suite in SUITES})
+        for at in range(600)
+    }
+    plain, more = flag(tables, null_rows=null), flag(tables, null_rows=null | copies | still)
+    assert scores(more) == scores(plain)
+    for name in tables:
+        assert more.standings[name].p == pytest.approx(plain.standings[name].p, abs=1 / 21)
+    assert len(more.null_scores) == 20
+    assert any("(720 copies and members that did not move are left out)" in limit for limit in more.limits)
+
+
+def test_every_member_of_a_small_null_is_scored_by_a_fit_without_it():
+    tables, null = make_population(14), make_null(9)
+    name, table = next(iter(null.items()))
+    odd = changed(table, lambda suite, shift_P: shift_P * (1.35 if suite == "maths" else 1))
+    found = flag(tables, null_rows=null | {name: odd})
+    seen = flag(tables | {"seen": odd}, null_rows=null)  # the same finetune under a fit that never met it
+    assert found.null_scores[name] == pytest.approx(seen.standings["seen"].score, rel=0.5)
+    assert found.null_scores[name] > 3
+
+
+def test_a_null_member_that_stands_out_is_named():
+    tables, null = make_population(14, planted={2: ("maths", 1.7)}), make_null(20)
+    bad = changed(null["null/c14"], lambda suite, shift_P: shift_P * (2.5 if suite == "sql" else 1))
+    found = flag(tables, null_rows=null | {"null/c14": bad})
+    (limit,) = [limit for limit in found.limits if "stand out from the null themselves" in limit]
+    assert "null/c14" in limit
+    assert not any("stand out from the null themselves" in one for one in flag(tables, null_rows=null).limits)
+
+
+def test_one_prompt_does_not_carry_a_flag_against_a_null_either():
+    tables, null = make_population(14), make_null(99)
+    first_P = np.arange(PROMPTS) == 0
+    tables["c03"] = changed(
+        tables["c03"], lambda suite, shift_P: np.where(first_P & (suite == "medical"), K * TOKENS, shift_P)
+    )
+    assert "c03" not in {one.candidate for one in flag(tables, null_rows=null).flags}
+
+
+def with_column(table, name, change):
+    at = table.column_names.index(name)
+    return table.set_column(at, name, pa.array(change(np.array(table[name]), np.array(table["suite"]))))
+
+
+def test_the_miss_channel_decides_and_all_three_name_the_suite():
+    tables = make_population(14)
+    less, more = tables["c00"], tables["c01"]
+    # c00 misses more on law alone; c01 moves features and residuals on sql without missing more anywhere
+    tables["c00"] = with_column(less, "log_miss", lambda miss, suite: miss + 5.0 * (suite == "law"))
+    for name, factor in (("shift_quartic", 8), ("change_quartic", 8)):
+        more = with_column(
+            more,
+            name,
+            lambda sums, suite, f=factor: np.where(suite == "sql", f * sums, sums).astype(sums.dtype),
+        )
+    tables["c01"] = more
+    found = flag(tables)
+    missed, moved = found.standings["c00"], found.standings["c01"]
+    assert missed.score == missed.miss_z["law"] > 3
+    assert missed.z["law"] == pytest.approx(missed.miss_z["law"] / 3, rel=0.5)  # two channels saw nothing
+    assert moved.suite == "sql"
+    assert moved.z["sql"] > 3 > moved.score
+
+
+def test_sums_that_are_not_finite_are_named():
+    tables = make_population(9)
+    tables["c00"] = with_column(
+        tables["c00"], "log_miss", lambda miss, _: np.where(np.arange(len(miss)) == 3, np.nan, miss)
+    )
+    with pytest.raises(ValueError, match="the sums of miss must be finite"):
+        flag(tables)
+
+
+def test_the_joint_p_value_comes_with_a_reference_large_enough():
+    tables = make_population(50, suites=SUITES[:4])
+    assert all(0 <= one.joint_p <= 1 for one in flag(tables).standings.values())
+    assert all(one.joint_p is None for one in flag(make_population(9)).standings.values())
 
 
 def test_a_null_of_another_stratum_is_no_null():
