@@ -114,7 +114,9 @@ def conclude(plan: Plan, failures: Failures) -> int:
     }
     if reduced.base is not None:
         summary["details"] = _details(plan, reduced.base, population)
-    _write(out_dir / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    data = json.dumps(summary, indent=1, allow_nan=False)
+    summary = json.loads(data)  # what a reader of the file sees is what the report shows
+    _write(out_dir / "summary.json", data.encode())
     _write_findings(out_dir / "findings.parquet", plan, population)
     write_html(summary, out_dir / "report.html")
     history.conclude({name: status for name, (status, _) in statuses.items()}, flagged)
