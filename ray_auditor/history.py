@@ -126,6 +126,7 @@ class Conclusion:
             unit = row.unit.key if row.unit else None
             said = [row.id, row.role, row.kind, row.status, row.reason, unit, row.notes, row.declared_base]
             digest.update(json.dumps(said).encode())
+        digest.update(json.dumps(sorted(self.ledger.refusals().items())).encode())
         digest.update(json.dumps(asdict(self.config), sort_keys=True).encode())
         others = (
             path

@@ -49,7 +49,7 @@ class Recall:
         ledger: What earlier sweeps found out.
         base_unit: The base's unit of this sweep.
         admission_class: What admission depends on besides the files.
-        whole: Units that need not be computed.
+        whole: Units that need not be computed: committed, or refused by what they did.
     """
 
     ledger: Ledger

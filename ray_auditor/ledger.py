@@ -27,6 +27,7 @@ CREATE TABLE IF NOT EXISTS admissions (key TEXT, class TEXT, admission TEXT,
 CREATE TABLE IF NOT EXISTS audits (id TEXT PRIMARY KEY, audit TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS findings (candidate TEXT, suite TEXT, content TEXT, first_seen TEXT,
     PRIMARY KEY (candidate, suite, content)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS refusals (unit TEXT PRIMARY KEY, refusal TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS whole (unit TEXT PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
 """
@@ -137,6 +138,17 @@ class Ledger:
             self._db.executemany(
                 "INSERT OR IGNORE INTO findings VALUES (?, ?, ?, ?)", ((*found, now) for found in findings)
             )
+
+    def refusals(self) -> dict[str, tuple[str, str]]:
+        """By unit key, code and text of what showed, while it ran, that a candidate is at fault."""
+        rows = self._db.execute("SELECT unit, refusal FROM refusals")
+        return {unit: tuple(json.loads(refusal)) for unit, refusal in rows}
+
+    def keep_refusals(self, refusals: Mapping[str, tuple[str, str]]) -> None:
+        """Keep them for `refusals`: the same unit would show the same again."""
+        with self._db:
+            rows = ((unit, json.dumps(refusal)) for unit, refusal in refusals.items())
+            self._db.executemany("INSERT OR REPLACE INTO refusals VALUES (?, ?)", rows)
 
     def fact(self, name: str) -> str | None:
         """One remembered value."""

@@ -125,7 +125,7 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
     pending: list[Pinned] = []
     max_lora_rank = config.engine.max_lora_rank
     admission_class = admission_class_of(base, num_layers, max_lora_rank)
-    recall = Recall(ledger, base_unit, admission_class, find_whole(store, ledger))
+    recall = Recall(ledger, base_unit, admission_class, find_whole(store, ledger) | ledger.refusals().keys())
 
     def admit_one(one: Found, role: Role = "candidate") -> tuple[Row, Admitted | None]:
         return admit_row(one, role, base, num_layers, max_lora_rank, base_unit)

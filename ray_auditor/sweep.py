@@ -68,7 +68,12 @@ def run_sweep(config: AuditConfig) -> int:
 def _sweep(config: AuditConfig, lease: Lease) -> int:
     plan = make_plan(config)
     check_gate(plan)
-    todo = [task for task in plan.assignments if not plan.store.has(task.unit.key)]
+    refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}
+    todo = [
+        task
+        for task in plan.assignments
+        if task.unit.key not in refused and not plan.store.has(task.unit.key)
+    ]
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
     arrivals = plan.arrivals
@@ -104,17 +109,24 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
                 failures = {row.unit.key: str(error) for row in plan.rows if row.unit}
     lease.check()
-    return finish(settle(plan), failures)
+    plan.ledger.keep_refusals(
+        {
+            key: (one.code, one.text)
+            for key, one in failures.items()
+            if isinstance(one, CandidateError) and one.status == "rejected" and one.code != "changed"
+        }
+    )
+    return finish(settle(plan), failures, refused)
 
 
-def finish(plan: Plan, failures: dict[str, CandidateError | str]) -> int:
+def finish(plan: Plan, failures: dict[str, CandidateError | str], refused: dict[str, CandidateError]) -> int:
     """Draw the conclusion, unless it is the last one's."""
     conclusion = Conclusion(plan.ledger, plan.config, plan.rows, plan.store.root)
     if not failures and conclusion.stands():
         Console().print("nothing is new since the last sweep: its report stands", highlight=False)
         return conclusion.repeat(History(plan.ledger, plan.base_unit, plan.candidates).whys())
     try:
-        exit_code = conclude(plan, failures)
+        exit_code = conclude(plan, refused | failures)
     except ShardError:
         plan.ledger.forget_stamps()  # a unit that looked untouched is not: the next sweep looks inside again
         raise

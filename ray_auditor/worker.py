@@ -2,7 +2,6 @@
 
 # Shape suffixes: T tokens of one prompt, N scored tokens, K = kept features.
 
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from ray_auditor.config import EngineConfig
 from ray_auditor.hub import Admitted, BaseModel, CandidateError
+from ray_auditor.hub.secret import go_offline
 from ray_auditor.sae import Sae
 from ray_auditor.store import Store, TokenRows, Unit
 from ray_auditor.suites import Suites
@@ -30,7 +30,6 @@ SINK_NORM_RATIO = 10.0  # a position whose residual is so many times the suite's
 ROWS_VERSION = (
     3  # of what a row is: kernel, mask, casts, FVU, cosine; raise it when a change can alter a number
 )
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Start the engine on the base."""
-        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-        for name in SECRETS:
-            os.environ.pop(name, None)
+        go_offline()
         torch.set_num_threads(spec.num_threads)
         from ray_auditor.engine.live import Engine
 

@@ -121,16 +121,15 @@ def _read_http(job: Outcome, secret: Outcome, start: int) -> Iterator[bytes | Ou
     """The file's bytes from `start`, or one outcome; `restart` when the server begins at the beginning."""
     import httpx2
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import get_session
 
-    from ray_auditor import __version__
+    from ray_auditor.hub.endpoint import request_headers
 
-    headers = build_hf_headers(
-        token=secret["token"] or False, library_name="ray-auditor", library_version=__version__
-    )
-    headers["Accept-Encoding"] = "identity"  # ranges and lengths are those of the file itself
+    say({"alive": start})  # what came before was this process's own time
+    headers = request_headers(secret["token"])
+    headers["accept-encoding"] = "identity"  # ranges and lengths are those of the file itself
     if start:
-        headers["Range"] = f"bytes={start}-"
+        headers["range"] = f"bytes={start}-"
     try:
         # The client drops the token when a redirect leads to another host.
         with get_session().stream("GET", job["url"], headers=headers, timeout=None) as response:

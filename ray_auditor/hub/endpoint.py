@@ -1,7 +1,8 @@
 """A hub's API over HTTP: one JSON page at a time, retried, bounded, and never told to a stranger.
 
-The client and the headers are huggingface_hub's. Its retries are not used: they sleep for as long as the
-server says, without a bound, and its paginator keeps the cursor to itself.
+The client is huggingface_hub's. Its retries are not used: they sleep for as long as the server says, without
+a bound, and its paginator keeps the cursor to itself. Nor are its headers: to make them it asks the endpoint
+for a list of environment variables to look for.
 """
 
 import json
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub.utils import get_session
 
 from ray_auditor import __version__
 from ray_auditor.hub.candidate import CandidateError, printable
@@ -65,9 +66,7 @@ class Endpoint:
         self.limit = limit
         self.max_attempts, self.backoff_s = max_attempts, backoff_s
         self._timeout_s = timeout_s
-        self._headers = build_hf_headers(
-            token=token or False, library_name="ray-auditor", library_version=__version__
-        )
+        self._headers = request_headers(token)
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r})"
@@ -148,6 +147,12 @@ class Endpoint:
 
 class _TryAgain(Exception):
     pass
+
+
+def request_headers(token: str | None) -> dict[str, str]:
+    """Who asks, and with whose right."""
+    headers = {"user-agent": f"ray-auditor/{__version__}"}
+    return headers | {"authorization": f"Bearer {token}"} if token else headers
 
 
 def error_code(headers: Mapping[str, str]) -> str:

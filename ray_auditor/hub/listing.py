@@ -69,6 +69,8 @@ def read_listing(path: Path, source: Pages, *, limit: int | None = None) -> Iter
 
 def _read(path: Path, source: Pages, limit: int | None) -> Iterator[Listed]:
     with closing(sqlite3.connect(path, timeout=60)) as db:
+        # A killed process loses nothing by it; what a power cut could lose, another listing finds again.
+        db.execute("PRAGMA synchronous = OFF")
         db.executescript(_SCHEMA)
         cursor, num_known = _take_up(db, json.dumps([source.identity, limit]))
         for row in db.execute("SELECT id, repo, revision, files, is_local FROM listed ORDER BY number"):

@@ -178,6 +178,7 @@ def test_the_token_goes_to_the_endpoint_only(server: HubServer, tmp_path: Path) 
         assert names(tmp_path / "l", asked) == ["org/m7", "org/m8"]  # the cursor, asked of the right host
         assert not stranger.requests
     assert server.seen_tokens == {"Bearer hf_right"}
+    assert all(path.startswith("/api/models") for path in server.requests)  # nothing is asked on the side
     with pytest.raises(ValueError, match="HF_TOKEN must be a token that") as caught:
         pin(Listed("x", "org/m0"), endpoint(server, token="hf_wrong"), max_candidate_bytes=1)
     assert "hf_wrong" not in str(caught.value)
