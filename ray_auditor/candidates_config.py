@@ -15,14 +15,7 @@ class Source(StrEnum):
     objects = "objects"
 
 
-class Relation(StrEnum):
-    """How a repository says it came from its base, in the hub's words."""
-
-    finetune = "finetune"
-    adapter = "adapter"
-    merge = "merge"
-    quantized = "quantized"
-
+RELATIONS = ("finetune", "adapter", "merge", "quantized")  # to the base, in the hub's words
 
 # The settings each source reads; any other one that is given is an error, for it would be ignored.
 READ_BY = {
@@ -54,7 +47,7 @@ class CandidatesConfig:
     author: str | None = None
     tags: list[str] = field(default_factory=list)
     base_model: str | None = None
-    relations: list[Relation] = field(default_factory=lambda: [Relation.finetune, Relation.adapter])
+    relations: list[str] = field(default_factory=lambda: ["finetune", "adapter"])
     search: str | None = None
     sort: str | None = "created_at"
     limit: int | None = None
@@ -67,6 +60,10 @@ class CandidatesConfig:
         Raises:
             ValueError: Says what is missing or too much.
         """
+        if not self.relations or not set(self.relations) <= set(RELATIONS):
+            raise ValueError(
+                f"candidates.relations must be some of {', '.join(RELATIONS)}, got {self.relations}"
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"candidates.limit must be >= 1, got {self.limit}; leave it out for all")
         usual = CandidatesConfig()

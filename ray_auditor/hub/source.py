@@ -66,7 +66,7 @@ def open_remote(config: CandidatesConfig) -> Remote | None:
         author=config.author,
         tags=config.tags,
         base_model=config.base_model,
-        relations=[relation.value for relation in config.relations],
+        relations=config.relations,
         search=config.search,
         sort=config.sort,
         include=config.include,
