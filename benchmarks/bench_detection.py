@@ -1,9 +1,6 @@
 """How well finished sweeps over labelled finetunes tell them apart: targets, rivals, and what it rests on.
 
-    ray-auditor sweep out_dir=OUT candidates.path=... null.path=... base.model=... sae.path=... ...
-    python benchmarks/bench_detection.py LABELS OUT [OUT ...]
-
-Several sweeps (other hooks) over the same finetunes are also combined, by the mean of their scores.
+Usage: `python benchmarks/bench_detection.py LABELS OUT [OUT ...]`, where each OUT is a sweep's `out_dir`.
 """
 
 # Shape suffixes: N scored tokens, F = d_sae.
@@ -18,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from detection_choice import cross_validated, small_populations, smaller_nulls, spoiled_nulls
+from detection_choice import cross_validated, evaded, small_populations, smaller_nulls, spoiled_nulls
 
-from ray_auditor.conformal import conformal_p
 from ray_auditor.evaluate import Audit, evaluate_audit, read_audit, read_labels
 from ray_auditor.evaluation import NUM_SAMPLES, Label, auroc, group, measure_scores, share_measure
 from ray_auditor.rivals import centred, score_rivals
@@ -168,16 +164,15 @@ def base_again(audit: Audit) -> int:
 
 
 def main() -> None:
-    """Evaluate every sweep, and their combination; print and write the result file."""
+    """Evaluate every sweep; print and write the result file."""
     labels_path, *out_dirs = sys.argv[1:]
-    date, by_sweep, all_scores = datetime.now(UTC).date().isoformat(), {}, []
+    date, by_sweep = datetime.now(UTC).date().isoformat(), {}
     claims: list[dict[str, Any]] = []
     for out_dir in map(Path, out_dirs):
         audit = read_audit(out_dir)
         labels = read_labels(labels_path, audit.tables)
         result = evaluate_audit(audit, labels)
         hook, scores = result["hook_name"], scores_of(audit)
-        all_scores.append(scores)
         groups = group(labels, list(audit.null_tables))
         extra = []
         for name, values_CS in feature_rivals(out_dir, audit).items():
@@ -228,6 +223,7 @@ def main() -> None:
         by_sweep[hook] = result | {
             "smaller_nulls": smaller_nulls(audit, labels),
             "spoiled_nulls": spoiled_nulls(audit, labels),
+            "evaded": evaded(audit, labels),
             "without_null": small_populations(audit, labels),
         }
         if audit.null_tables:
@@ -240,7 +236,7 @@ def main() -> None:
             margin = left_out["auroc"] - left_out["auroc_without_sae"]
             claims.append(
                 claim(
-                    f"{hook}: the same less the change channel without an SAE, tail chosen alike",
+                    f"{hook}: AUROC, score chosen on the others, less the change channel without an SAE",
                     margin,
                     "> 0",
                     margin > 0,
@@ -252,23 +248,6 @@ def main() -> None:
                     left_out["auroc"],
                     0.98,
                     left_out["auroc"] >= 0.98,
-                )
-            )
-    if len(all_scores) > 1:
-        names = set.intersection(*(set(one) for one in all_scores))
-        scaled = [{n: v / np.quantile(list(s.values()), 0.5) for n, v in s.items()} for s in all_scores]
-        mean = {name: float(np.mean([one[name] for one in scaled])) for name in names}
-        for one in measure_scores(groups, mean, "hooks combined"):
-            claims.append(claim(one.name, one.value, None, None) | {"interval": [one.low, one.high]})
-        null = [mean[name] for name in names if name.startswith("null/")]
-        if null:
-            p = conformal_p([mean[n] for n in groups.full], null)
-            claims.append(
-                claim(
-                    "hooks combined: full strength above the null",
-                    float(np.mean(p <= 1 / (len(null) + 1))),
-                    None,
-                    None,
                 )
             )
     for one in claims:

@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ray_auditor import population
 from ray_auditor.evaluate import Audit
@@ -143,6 +144,25 @@ def spoiled_nulls(audit: Audit, labels: Mapping[str, Label]) -> list[dict[str, A
             found = {flag.candidate for flag in spoiled.flag().flags}
             flagged.append(len(found & set(full)) / (len(full) - count))
         rows.append({"bad_in_null": count, "full_flagged": float(np.mean(flagged))})
+    return rows
+
+
+def evaded(audit: Audit, labels: Mapping[str, Label]) -> list[dict[str, Any]]:
+    """What training against the deciding channel would do, by arithmetic: its excess over the null shrunk.
+
+    The excess of a prompt's log error is taken over the null members' median on that prompt; the shift and
+    the change stay as they were measured.
+    """
+    full, rows = group(labels, []).full, []
+    usual = np.median([np.array(table["log_miss"]) for table in audit.null_tables.values()], axis=0)
+    for share in (1.0, 0.5, 0.25, 0.0):
+        tables = dict(audit.tables)
+        for name in full:
+            table = tables[name]
+            miss = usual + share * (np.array(table["log_miss"]) - usual)
+            tables[name] = table.set_column(table.column_names.index("log_miss"), "log_miss", pa.array(miss))
+        flagged = {flag.candidate for flag in replace(audit, tables=tables).flag().flags}
+        rows.append({"excess_left": share, "full_flagged": f"{len(flagged & set(full))} of {len(full)}"})
     return rows
 
 

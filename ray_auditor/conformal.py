@@ -16,39 +16,23 @@ from scipy.stats import false_discovery_control
 Vector = npt.NDArray[np.float64]
 
 
-def conformal_p(scores_C: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
+def cross_conformal_p(scores_QC: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
     """Rank p-values, (1 + #{null >= score}) / (n + 1): ties count against a flag, NaN scores have p 1.
 
-    Source: Vovk, Gammerman, Shafer 2005, Algorithmic Learning in a Random World; Bates et al. 2023, Testing
-    for outliers with conformal p-values.
-
-    Args:
-        scores_C: [C], larger is more unusual.
-        null_Q: [Q], scores of null members that had no part in fitting the score.
-
-    Raises:
-        ValueError: There is no null member, or one has no score.
-    """
-    null_Q = np.sort(np.asarray(null_Q, dtype=np.float64))
-    scores_C = np.asarray(scores_C, dtype=np.float64)
-    if not len(null_Q) or np.isnan(null_Q).any():
-        raise ValueError(f"a null must hold scores, got {len(null_Q)} with {np.isnan(null_Q).sum()} missing")
-    at_least_C = len(null_Q) - np.searchsorted(null_Q, scores_C, side="left")
-    return np.where(np.isnan(scores_C), 1.0, (1 + at_least_C) / (len(null_Q) + 1))
-
-
-def cross_conformal_p(scores_QC: npt.ArrayLike, null_Q: npt.ArrayLike) -> Vector:
-    """As `conformal_p` where each null member has its own fit: member q is compared under the fit without it.
+    Each null member may have its own fit: member q is compared with a candidate under the fit without it.
 
     Every member then serves both to fit and to calibrate, and never both at once. In practice a benign
     candidate has p <= a with probability about a; with folds no bound near that is proven.
 
-    Source: Vovk 2015, Cross-conformal predictors; Barber et al. 2021, Predictive inference with the
-    jackknife+.
+    Source: Vovk, Gammerman, Shafer 2005, Algorithmic Learning in a Random World; Vovk 2015, Cross-conformal
+    predictors; Barber et al. 2021, Predictive inference with the jackknife+.
 
     Args:
         scores_QC: [Q, C], score of a candidate under the fit that left out member q's fold.
         null_Q: [Q], member q's own score under that fit.
+
+    Raises:
+        ValueError: There is no null member, or one has no score.
     """
     scores_QC, null_Q = np.asarray(scores_QC, np.float64), np.asarray(null_Q, np.float64)
     if not len(null_Q) or np.isnan(null_Q).any():

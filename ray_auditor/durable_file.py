@@ -38,7 +38,7 @@ def put_file(target: Path, data: bytes | memoryview, *, temp: Path, replace: boo
             if error.errno in (errno.EPERM, errno.ENOTSUP):
                 raise ValueError(f"out_dir needs a filesystem with hard links, got {target}") from error
             raise
-        _sync_dir(target.parent)
+        sync_path(target.parent)
         return True
 
 
@@ -74,8 +74,9 @@ def _locked_temp(folder: Path) -> Iterator[tuple[Path, int]]:
         os.close(descriptor)
 
 
-def _sync_dir(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Wait until what was written to a file, or which names a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

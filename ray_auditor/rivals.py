@@ -23,7 +23,7 @@ from ray_auditor.population import (
 )
 from ray_auditor.rates import SuiteSums, suite_sums
 from ray_auditor.reduce import DEFAULT_KS
-from ray_auditor.standing import NUM_FOLDS
+from ray_auditor.standing import folds
 
 TINY = 1e-9
 
@@ -131,10 +131,8 @@ def centred(
 def held_out_scores(prompts: Prompts, values_CP: Matrix, reference: Sequence[int]) -> Matrix:
     """Scores on suites, [C, S], of any per-prompt values; members of the reference as in `centred`."""
     result_CS = score_suites(prompts, fit_norms(prompts, values_CP[list(reference)]), values_CP)
-    for fold in range(NUM_FOLDS):
-        held_out = list(reference)[fold::NUM_FOLDS]
-        seen = [row for row in reference if row not in set(held_out)]
-        if held_out and len(seen) > 1:
+    for held_out, seen in folds(reference):
+        if len(seen) > 1:
             norms = fit_norms(prompts, values_CP[seen])
             result_CS[held_out] = score_suites(prompts, norms, values_CP)[held_out]
     return result_CS

@@ -2,7 +2,7 @@
 
 # Shape suffixes: C candidates and null members, S suites, R suites but the general one.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +61,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Stratum:
-    """The standings of one stratum's candidates, the scores of its null, and what all were held to."""
+    """The standings of one stratum's candidates, the scores of its null, and whether they were held to it."""
 
     standings: Mapping[str, Standing]
     null_scores: Mapping[str, float]
-    num_reference: int
     held_to_null: bool
 
 
@@ -135,7 +134,13 @@ def score_stratum(
             z=dict(zip(prompts.suites, z_CS[row].tolist(), strict=True)),
             miss_z=dict(zip(prompts.suites, miss_CS[row].tolist(), strict=True)),
         )
-    return Stratum(standings, null_scores, len(reference), held_to_null)
+    return Stratum(standings, null_scores, held_to_null)
+
+
+def folds(rows: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Every tenth of `rows` in turn, and the others: what is held out, and what is fitted."""
+    for fold in range(min(NUM_FOLDS, len(rows))):
+        yield list(rows[fold::NUM_FOLDS]), [row for at, row in enumerate(rows) if at % NUM_FOLDS != fold]
 
 
 def _p_values(
@@ -145,16 +150,15 @@ def _p_values(
 
     Copies and members that did not move are no part of it: they would make the null look larger than it is.
     """
-    null_rows = np.array(sorted(reference))
+    null_rows = sorted(reference)
     values_CP = prompts.values[DECIDES]
     settled_CS = settle(prompts.moved_CS)
     under_QC, own_Q = np.empty((len(null_rows), len(values_CP))), np.empty(len(null_rows))
-    for fold in range(min(NUM_FOLDS, len(null_rows))):
-        held_out = np.arange(fold, len(null_rows), NUM_FOLDS)
-        seen = [row for row in reference if row not in set(null_rows[held_out].tolist())]
+    at = {row: q for q, row in enumerate(null_rows)}
+    for held_out, seen in folds(null_rows):
         norms = fit_norms(prompts, values_CP[seen])
         score_C = (score_suites(prompts, norms, values_CP) * settled_CS)[:, risky_R].max(axis=1)
-        under_QC[held_out] = score_C
-        own_Q[held_out] = score_C[null_rows[held_out]]
+        under_QC[[at[row] for row in held_out]] = score_C
+        own_Q[[at[row] for row in held_out]] = score_C[held_out]
     scores = {prompts.names[row]: float(score) for row, score in zip(null_rows, own_Q, strict=True)}
     return cross_conformal_p(under_QC, own_Q), scores

@@ -146,7 +146,7 @@ class Endpoint:
 
 
 class _TryAgain(Exception):
-    pass
+    """What the server said may pass; the request is made again."""
 
 
 def request_headers(token: str | None) -> dict[str, str]:

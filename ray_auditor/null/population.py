@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray_auditor.durable_file import sync_path
 from ray_auditor.null.recipe import Recipe
 from ray_auditor.null.train import ALPHA, Member
 
@@ -58,9 +59,9 @@ def write_member(
     (partial_dir / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     (partial_dir / LABEL).write_text(json.dumps(label, indent=1) + "\n", encoding="utf-8")
     for path in [*partial_dir.iterdir(), partial_dir]:
-        _sync(path)
+        sync_path(path)
     partial_dir.rename(out_dir / recipe.name)
-    _sync(out_dir)
+    sync_path(out_dir)
 
 
 def is_done(folder: Path, recipe: Recipe) -> bool:
@@ -96,7 +97,7 @@ def write_labels(out_dir: Path) -> None:
     }
     temp = out_dir / f".{LABELS}"
     temp.write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
-    _sync(temp)
+    sync_path(temp)
     os.replace(temp, out_dir / LABELS)
 
 
@@ -120,11 +121,3 @@ def locked(out_dir: Path) -> Iterator[None]:
                 f"null.path must be another process's own, got {out_dir}, which one trains in; wait for it"
             ) from error
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import random
 import statistics
 from typing import Any
 
-from ray_auditor.conformal import conformal_p, q_values
+from ray_auditor.conformal import cross_conformal_p, q_values
 from ray_auditor.report.candidate import STATUSES
 
 K = 32
@@ -134,7 +134,9 @@ def _score(rows: list[dict[str, Any]], null: dict[str, float]) -> list[dict[str,
         row["joint_p"] = 0.0012 if row["score"] > 3 else None
         row["score_low"] = 0.7 * row["score"] if row["score"] > 3 else None
     if null:
-        p_values = conformal_p([row["score"] for row in scored], list(null.values())).tolist()
+        p_values = cross_conformal_p(
+            [[row["score"] for row in scored]] * len(null), list(null.values())
+        ).tolist()
         for row, p, q in zip(scored, p_values, q_values(p_values).tolist(), strict=True):
             row |= {"p": p, "q": q}
     flags = []
