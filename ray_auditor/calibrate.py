@@ -17,19 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_auditor.calibration import CALIBRATION_VERSION, Calibration, Variant, write_calibration
+from ray_auditor.cluster import cluster, device_kinds
 from ray_auditor.config import AuditConfig, Dtype
 from ray_auditor.engine import num_layers_of
+from ray_auditor.engine_class import engine_class
 from ray_auditor.gate import Fit, measure_fit
 from ray_auditor.hub import Admitted, BaseModel, Candidate, admit, lies_below_hook
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.lease import Lease, LeaseHeld
-from ray_auditor.plan import Plan, check_gate, engine_class, make_plan
+from ray_auditor.plan import Plan, check_gate, make_plan
 from ray_auditor.rates import suite_sums
 from ray_auditor.reduce import available_ks, reduce_prompts
 from ray_auditor.report.number import decimal
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.store import TokenRows
-from ray_auditor.sweep import BaseFailed, cluster, device_kinds, run_stages
+from ray_auditor.sweep import BaseFailed, run_stages
 from ray_auditor.worker import Assignment
 
 CALIBRATION = "+calibration"  # marks the base's passes under another engine

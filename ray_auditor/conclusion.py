@@ -18,11 +18,12 @@ from rich.console import Console
 
 from ray_auditor import __version__
 from ray_auditor.calibration import Calibration
+from ray_auditor.engine_class import engine_version
 from ray_auditor.features import describe_features, moved_features
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
 from ray_auditor.gate import MISFIT
 from ray_auditor.history import History
-from ray_auditor.plan import Plan, Row, engine_version, gate_base
+from ray_auditor.plan import Plan, Row, gate_base
 from ray_auditor.rates import Bootstrap, suite_sums
 from ray_auditor.reduction import Failures, Status, reduce_committed
 from ray_auditor.report.html import write_html

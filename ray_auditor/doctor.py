@@ -107,7 +107,7 @@ def _versions(_: AuditConfig) -> Iterator[Check]:
 def _engine(config: AuditConfig) -> Iterator[Check]:
     import torch
 
-    from ray_auditor.plan import engine_version
+    from ray_auditor.engine_class import engine_version
 
     try:
         yield check_version(VLLM_FLOOR, engine_version())

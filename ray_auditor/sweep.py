@@ -1,12 +1,11 @@
 """The Ray driver: which units to run, the window in flight, retries, quarantine, resume."""
 
-import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import EXIT_FAILED, conclude
-from ray_auditor.config import AuditConfig, ClusterConfig
+from ray_auditor.config import AuditConfig
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
 from ray_auditor.hub.remote import SourceError
-from ray_auditor.hub.secret import without_secrets
 from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate, make_plan
 from ray_auditor.report.progress import SweepProgress
@@ -247,70 +246,3 @@ def say(error: BaseException) -> str:
     named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
     last = (named or lines or ["no message"])[-1]
     return f"{type(error).__name__}: {last}"[:MAX_REASON_CHARS]
-
-
-@contextmanager
-def cluster(config: ClusterConfig) -> Iterator[int]:
-    """A Ray session, local unless an address is given; yields the threads each worker computes with.
-
-    Raises:
-        ValueError: The cluster cannot be reached, or is too small for the workers asked for.
-    """
-    num_cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
-    if config.address is not None:
-        try:
-            with without_secrets():
-                ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError) as error:
-            raise ValueError(
-                f"cluster.address must be that of a running Ray cluster, got {config.address!r}: {error}; "
-                "start one with `ray start --head`, or leave it out for a local one"
-            ) from error
-    else:
-        num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
-        with without_secrets():  # what Ray starts keeps its environment for as long as it runs
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    try:
-        check_resources(config)
-        yield config.threads_per_worker or max(1, num_cores // config.num_workers)
-    finally:
-        ray.shutdown()
-
-
-def check_resources(config: ClusterConfig) -> None:
-    """Check that every worker asked for can start, for an actor that cannot would wait without a word."""
-    for resource, each, setting in (
-        ("CPU", config.cpus_per_worker, "cpus_per_worker"),
-        ("GPU", config.gpus_per_worker, "gpus_per_worker"),
-    ):
-        has, wanted = ray.cluster_resources().get(resource, 0.0), config.num_workers * each
-        if wanted > has:
-            raise ValueError(
-                f"cluster.num_workers x cluster.{setting} must be at most the cluster's {has:g} {resource}s, "
-                f"got {config.num_workers} x {each:g}; lower one of them"
-            )
-    kinds, wanted_kind = device_kinds(), config.accelerator_type
-    if wanted_kind is not None and wanted_kind not in kinds:
-        raise ValueError(
-            f"cluster.accelerator_type must be one of the cluster's {kinds}, got {wanted_kind!r}; correct it"
-        )
-    if config.gpus_per_worker and wanted_kind is None and len(kinds) > 1:
-        raise ValueError(
-            f"cluster.accelerator_type must be given in a cluster of several kinds, {kinds}; choose one, for "
-            "cards differ in their last bits"
-        )
-
-
-def device_kinds() -> list[str]:
-    """The kinds of GPU in the running cluster, by Ray's names."""
-    prefix = "accelerator_type:"
-    return sorted(name.removeprefix(prefix) for name in ray.cluster_resources() if name.startswith(prefix))

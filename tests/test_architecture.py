@@ -22,9 +22,11 @@ ORDER = (
     ("engine",),
     ("worker",),
     ("calibration", "intake", "history"),
+    ("engine_class",),
     ("plan", "reading"),
     ("reduction", "evaluation", "rivals"),
     ("conclusion", "evaluate"),
+    ("cluster",),
     ("sweep", "doctor", "null"),
     ("calibrate",),
     ("demo",),
@@ -32,7 +34,7 @@ ORDER = (
 )
 ONLY_IN = {
     "vllm": {"engine"},
-    "ray": {"sweep"},
+    "ray": {"cluster", "sweep"},
     "hydra": {"__main__", "config"},
     "omegaconf": {"__main__", "config"},
     "sae_lens": {"sae"},

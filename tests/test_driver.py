@@ -11,10 +11,11 @@ import pytest
 import ray
 
 from ray_auditor import sweep
+from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
-from ray_auditor.sweep import BaseFailed, cluster, run_stages
+from ray_auditor.sweep import BaseFailed, run_stages
 
 
 class Unruly:

@@ -8,9 +8,9 @@ import huggingface_hub.constants
 import pytest
 import ray
 
+from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
 from ray_auditor.hub.secret import go_offline, is_secret, without_secrets
-from ray_auditor.sweep import cluster
 from tests.hub.hub_server import HubServer, serving
 
 SECRETS = {

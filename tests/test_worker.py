@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ray_auditor.config import AuditConfig, EngineConfig
+from ray_auditor.engine_class import engine_class
 from ray_auditor.hub import CandidateError
-from ray_auditor.plan import engine_class
 from ray_auditor.worker import Worker
 
 
