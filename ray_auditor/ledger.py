@@ -17,7 +17,7 @@ from typing import Any, Self
 
 VERSION = 1  # of the tables
 COMMIT_S = 1.0  # the most a kill can lose
-ADMISSION_VERSION = 2  # of what admission refuses or notes; raise it when a rule changes
+ADMISSION_VERSION = 3  # of what admission refuses or notes; raise it when a rule changes
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pins (origin TEXT, repo TEXT, revision TEXT, pinned TEXT,

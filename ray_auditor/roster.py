@@ -97,5 +97,7 @@ def admit_row(
     except CandidateError as error:
         return Row(found.id, found.kind, error.status, error.reason, None, role=role), None
     unit = replace(base_unit, candidate_key=admitted.content_sha256)
-    declared = admitted.lora.base_model if admitted.lora else None
-    return Row(found.id, found.kind, "admitted", None, unit, admitted.notes, declared, role), admitted
+    return (
+        Row(found.id, found.kind, "admitted", None, unit, admitted.notes, admitted.declared_base, role),
+        admitted,
+    )

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ray_auditor.hub import Admitted, BaseModel, CandidateError, LoraModule, TensorSpec
+from ray_auditor.hub import (
+    Admitted,
+    BaseModel,
+    CandidateError,
+    LoraModule,
+    MergedTensor,
+    TensorSource,
+    TensorSpec,
+)
 from ray_auditor.hub.checkpoint import iter_tensors
 
 BLOCK_ELEMENTS = 1 << 22  # read together: 16 MiB in fp32
@@ -61,8 +69,8 @@ class BaseWeights:
         """Compare a candidate's admitted tensors with the base's, one tensor at a time.
 
         The host holds one difference in fp32 and two blocks of `BLOCK_ELEMENTS`. Values are those of the
-        files: neither side is rounded to the engine's dtype. The same files give the same numbers, up to the
-        last bits of sums that other numbers of threads order otherwise.
+        files, or what an adapter makes of them: neither side is rounded to the engine's dtype. The same files
+        give the same numbers, up to the last bits of sums that other numbers of threads order otherwise.
 
         Raises:
             CandidateError: A file of the candidate is not the one that was admitted.
@@ -86,7 +94,15 @@ class BaseWeights:
             len(changed),
         )
 
-    def _full_difference(self, name: str, spec: TensorSpec) -> _Difference:
+    def _full_difference(self, name: str, spec: TensorSource) -> _Difference:
+        if spec == self._tensors[name]:  # the base's own bytes, which an adapter left alone
+            return _Difference(0.0, None)
+        if isinstance(spec, MergedTensor):
+            ((_, merged),) = iter_tensors({name: spec})
+            merged_MN = merged.reshape(_num_rows(spec), -1)
+            for start, stop in _spans(spec):
+                merged_MN[start:stop] -= self._read(name, start, stop).float()
+            return _measure(merged_MN, is_matrix=len(spec.shape) > 1)
         difference_MN: Tensor | None = None
         for start, stop in _spans(spec):
             base_BN, block_BN = self._read(name, start, stop), _read(spec, start, stop)
@@ -158,7 +174,7 @@ def _measure(difference_MN: Tensor, *, is_matrix: bool) -> _Difference:
     return _Difference(scale * norm, largest_energy(difference_MN) / norm**2 if is_matrix else None)
 
 
-def _adapter_difference(specs: dict[str, TensorSpec], lora: LoraModule) -> _Difference:
+def _adapter_difference(specs: dict[str, TensorSource], lora: LoraModule) -> _Difference:
     """Singular values of `scaling B A` from an R x R core: B = Q R_B and A^T = P R_A make it Q (core) P^T."""
     state = dict(iter_tensors(specs, [lora.lora_A, lora.lora_B]))
     r_A_RR = torch.linalg.qr(state[lora.lora_A].double().T, mode="r").R
@@ -170,11 +186,11 @@ def _adapter_difference(specs: dict[str, TensorSpec], lora: LoraModule) -> _Diff
     return _Difference(norm, float(torch.linalg.svdvals(core_RR / norm)[0]) ** 2)
 
 
-def _num_rows(spec: TensorSpec) -> int:
+def _num_rows(spec: TensorSource) -> int:
     return spec.shape[0] if spec.shape else 1
 
 
-def _spans(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+def _spans(spec: TensorSource) -> Iterator[tuple[int, int]]:
     """First row and end of every block; a vector is a matrix of one column."""
     num_rows = _num_rows(spec)
     step = max(1, BLOCK_ELEMENTS // max(1, math.prod(spec.shape[1:])))

@@ -232,7 +232,7 @@ def test_members_are_adapters_the_hub_admits_and_peft_applies(place: Place) -> N
         label = place.labels[one.id]
         admitted = admit(one, base, num_layers=NUM_LAYERS, max_lora_rank=4)
         assert admitted.lora is not None
-        assert admitted.lora.base_model == "base"
+        assert admitted.declared_base == "base"
         assert {module.rank for module in admitted.lora.modules.values()} == {label["r"]}
         change = BaseWeights(base).change_of(admitted).relative_change
         assert change == pytest.approx(label["relative_change"], rel=1e-4)

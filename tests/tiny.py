@@ -77,15 +77,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_adapter(path: Path, base: Path, *, seed: int = 0, rank: int = 4, scale: float = 0.1) -> Path:
-    """Save a random LoRA adapter of every linear layer, with peft."""
+def make_adapter(
+    path: Path, base: Path, *, seed: int = 0, rank: int = 4, scale: float = 0.1, **changes: object
+) -> Path:
+    """Save a random LoRA adapter of every linear layer, with peft; `changes` go into its configuration."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=targets),
+        LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=targets, **changes),  # type: ignore[arg-type]
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

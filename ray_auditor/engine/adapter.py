@@ -10,14 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ray_auditor.engine.parameters import SwapError
-from ray_auditor.hub import LoraSpec, TensorSpec
+from ray_auditor.hub import LoraSpec, TensorSource
 from ray_auditor.hub.checkpoint import iter_tensors
 
 AdapterTensors = dict[str, tuple[Tensor, Tensor]]
 """Module name, as in the base's checkpoint -> (lora_A [r, in], lora_B [out, r] times its scaling)."""
 
 
-def read_adapter(lora: LoraSpec, specs: Mapping[str, TensorSpec], dtype: torch.dtype) -> AdapterTensors:
+def read_adapter(lora: LoraSpec, specs: Mapping[str, TensorSource], dtype: torch.dtype) -> AdapterTensors:
     """Read an admitted adapter, with every scaling multiplied into B in fp32 before the cast to `dtype`.
 
     Raises:

@@ -28,7 +28,7 @@ from ray_auditor.engine.adapter import (
 from ray_auditor.engine.parameters import ParameterMap, checksums
 from ray_auditor.engine.residuals import Comparison, Recording
 from ray_auditor.engine.staging import Staging
-from ray_auditor.hub import Admitted, BaseModel, TensorSpec
+from ray_auditor.hub import Admitted, BaseModel, TensorSource
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.hub.weights import lies_below_hook
 from ray_auditor.sae import Sae
@@ -169,7 +169,7 @@ class Engine:
         if key != self._loaded:
             self._staging.read_ahead(key, tensors)
 
-    def _weights_of(self, candidate: Admitted | None) -> tuple[str, Mapping[str, TensorSpec]]:
+    def _weights_of(self, candidate: Admitted | None) -> tuple[str, Mapping[str, TensorSource]]:
         if candidate is None or candidate.lora is not None:
             return self._base.content_sha256, self._base.tensors
         return candidate.content_sha256, candidate.tensors

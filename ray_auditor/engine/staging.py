@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_auditor.engine.parameters import Checksum, ParameterMap, SwapError, checksums
-from ray_auditor.hub import TensorSpec
+from ray_auditor.hub import TensorSource
 from ray_auditor.hub.checkpoint import iter_tensors
 
 MAX_READERS = 4  # threads; they share the memory bandwidth of one socket
@@ -36,7 +36,7 @@ class Staging:
         self._copy: dict[str, Tensor] = {}
         self._ahead: tuple[str, Reading] | None = None
 
-    def read_ahead(self, key: str, specs: Mapping[str, TensorSpec]) -> None:
+    def read_ahead(self, key: str, specs: Mapping[str, TensorSource]) -> None:
         """Begin to read a candidate while another computes, and return at once; nothing if it does not fit.
 
         Args:
@@ -50,7 +50,7 @@ class Staging:
             self._copy = {name: torch.empty_like(self._places.rows(name)) for name in self._places.slots}
         self._ahead = key, self._read(specs, self._copy)
 
-    def swap(self, key: str, specs: Mapping[str, TensorSpec]) -> dict[str, Checksum]:
+    def swap(self, key: str, specs: Mapping[str, TensorSource]) -> dict[str, Checksum]:
         """Write a candidate over the live parameters, from the copy if it was read ahead.
 
         Returns:
@@ -81,7 +81,7 @@ class Staging:
             wait(self._ahead[1].values())
             self._ahead = None
 
-    def _read(self, specs: Mapping[str, TensorSpec], targets: Mapping[str, Tensor]) -> Reading:
+    def _read(self, specs: Mapping[str, TensorSource], targets: Mapping[str, Tensor]) -> Reading:
         if missing := targets.keys() - specs.keys():
             raise SwapError(f"{len(missing)} tensors never came, first {min(missing)}")
         return {
@@ -89,7 +89,7 @@ class Staging:
             for name, target in targets.items()
         }
 
-    def _read_one(self, specs: Mapping[str, TensorSpec], name: str, target: Tensor) -> Checksum:
+    def _read_one(self, specs: Mapping[str, TensorSource], name: str, target: Tensor) -> Checksum:
         ((_, tensor),) = iter_tensors(specs, [name])
         if tensor.shape != target.shape:
             raise SwapError(f"{name}: got {tuple(tensor.shape)} for {tuple(target.shape)}")

@@ -1,202 +1,234 @@
-"""LoRA adapters by a reader of our own.
+"""LoRA adapters: fitted to the base's modules by their tensors' names and shapes.
 
-The loaders of peft import modules that adapter_config.json names, and compile its patterns as regular
-expressions. Here a config is a dozen keys, and the tensors' own names say what is adapted.
+What vLLM applies beside the base's weights becomes a `LoraSpec`. What it cannot apply (magnitudes, biases,
+whole modules, weights that training took something out of first) becomes full weights: tensors of the base
+with what the adapter changes in them, computed where they are read.
 """
 
-import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ray_auditor.hub.candidate import BaseModel, CandidateError, LoraModule, LoraSpec, TensorSpec, printable
-from ray_auditor.hub.config_json import read_object
+from ray_auditor.hub.adapter_config import AdapterConfig, read_config, reject
+from ray_auditor.hub.candidate import (
+    BaseModel,
+    CandidateError,
+    LoraModule,
+    LoraSpec,
+    MergedTensor,
+    TensorSource,
+    TensorSpec,
+)
 from ray_auditor.hub.header import read_header
-from ray_auditor.hub.weights import FLOAT_DTYPES, layer_of, lies_below_hook
+from ray_auditor.hub.weights import FLOAT_DTYPES, fit_to_base, layer_of, lies_below_hook
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_ALPHA = 65536.0
-
-# What is read; every other key must be off (null, false, empty) or be one of IGNORED.
-READ = frozenset({
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "bias",
-    "init_lora_weights", "base_model_name_or_path",
-})  # fmt: skip
-# Training, bookkeeping, and what the tensors' names say better. Never used, so never imported.
-IGNORED = frozenset({
-    "auto_mapping", "megatron_core", "peft_version", "revision", "task_type", "inference_mode",
-    "lora_dropout", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
-    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "ensure_weight_tying",
-})  # fmt: skip
-# Ways to initialise A and B that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+PREFIX = "base_model.model."
 
 _EMBEDDING = re.compile(r"embed")
-_PATTERN = re.compile(r"[A-Za-z0-9_.]{1,200}")
-_LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)")
+_WHOLE = re.compile(r"(?P<module>.+?)(?P<wrapped>\.base_layer)?\.(?P<leaf>weight|bias)")
+_A, _B, _B_BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 
 
-def read_adapter(
-    folder: Path, base: BaseModel, *, num_layers: int, max_lora_rank: int
-) -> tuple[dict[str, TensorSpec], LoraSpec, list[str]]:
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter that fits the base.
+
+    Attributes:
+        read: The adapter's own tensors at or below the hook, by their names in its file.
+        settings: What decides, besides `read`, what is computed.
+        lora: For vLLM to apply; None when the adapter is merged.
+        merged: The base's tensors at or below the hook as the adapter changes them; empty when `lora` is.
+        replaced: Those of `merged` that the adapter holds whole.
+        declared_base: The base it names; a claim.
+        notes: For the report.
+    """
+
+    read: dict[str, TensorSpec]
+    settings: list[Any]
+    lora: LoraSpec | None
+    merged: dict[str, TensorSource]
+    replaced: dict[str, TensorSpec]
+    declared_base: str | None
+    notes: list[str]
+
+
+@dataclass
+class _Parts:
+    """An adapter's tensors, sorted by what they are."""
+
+    of_module: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
+    whole: dict[str, TensorSpec] = field(default_factory=dict)  # by name in the base
+    file_names: dict[str, str] = field(default_factory=dict)  # of `whole`
+    above: list[str] = field(default_factory=list)
+
+
+def read_adapter(folder: Path, base: BaseModel, *, num_layers: int, max_lora_rank: int) -> FittedAdapter:
     """Read an adapter's config and header, and fit it to the base's module shapes.
 
     Args:
         folder: An untrusted folder.
         base: The model it must fit. Every module is checked, also above the hook.
         num_layers: Layers the audit runs; what adapts later ones is not returned.
-        max_lora_rank: The largest rank the engine holds buffers for.
-
-    Returns:
-        tuple: specs of the lora_A and lora_B tensors below the hook, what to do with them, and notes.
+        max_lora_rank: The largest rank the engine holds buffers for; a merged one needs none.
 
     Raises:
-        CandidateError: `rejected:` with `adapter_config`, `adapter_shape`, `wrong_base`, `lora_bounds` or
-            `dtype`, `skipped:` with `adapter_type` or `lora_rank`, and the errors of the readers below.
+        CandidateError: `rejected:` with `adapter_config`, `adapter_shape`, `wrong_base`, `lora_bounds`,
+            `vocab`, `shape` or `dtype`, `skipped:` with `adapter_type` or `lora_rank`, and the errors of the
+            readers below.
     """
-    config = read_object(folder, CONFIG_NAME)
-    targets = _check_supported(config)
-    ranks = _read_pattern(config, "rank_pattern")
-    alphas = _read_pattern(config, "alpha_pattern")
-    default_rank, default_alpha = config.get("r"), config.get("lora_alpha")
-    rslora = config.get("use_rslora") or False
-
+    config = read_config(folder)
     header = read_header(folder / WEIGHTS_NAME)
-    pairs, notes = _pair_tensors(header, num_layers)
+    parts = _sort_tensors(header, config, num_layers)
     modules: dict[str, LoraModule] = {}
-    for module, sides in sorted(pairs.items()):
-        rank = _check_rank(module, _match(ranks, module, default_rank))
-        alpha = _check_alpha(module, _match(alphas, module, default_alpha))
-        names = _check_module(module, sides, header, base, rank)
-        _check_targeted(module, targets)
-        if rank > max_lora_rank:
-            raise CandidateError(
-                "skipped",
-                "lora_rank",
-                f"{module}: rank {rank} > max_lora_rank {max_lora_rank}; raise max_lora_rank",
-            )
+    for module, found in sorted(parts.of_module.items()):
+        rank = config.rank_of(module)
+        scaling = config.scaling_of(module, rank)
+        _check_module(module, found, base, rank, config)
+        config.check_targeted(module)
+        if f"{module}.weight" in parts.whole:
+            reject("adapter_config", f"{module} is adapted, and there whole")
         if lies_below_hook(f"{module}.weight", num_layers):
-            scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+            names = (f"{PREFIX}{module}.{part}" for part in (_A, _B))
             modules[module] = LoraModule(rank, scaling, *names)
-    if not modules:
-        notes.append("nothing at or below the hook is adapted: the audit sees the base itself")
-    declared = config.get("base_model_name_or_path")
-    base_model = printable(declared, 200) if isinstance(declared, str) and declared else None
-    read = {name: header[name] for module in modules.values() for name in (module.lora_A, module.lora_B)}
-    spec = LoraSpec(max((module.rank for module in modules.values()), default=0), modules, base_model)
-    return read, spec, notes
+    notes = [f"{len(parts.above)} tensors above the hook were not read: {', '.join(sorted(parts.above)[:3])}"]
+    notes = notes if parts.above else []
+    read = {
+        f"{PREFIX}{module}.{part}": spec
+        for module in modules
+        for part, spec in parts.of_module[module].items()
+    }
+    kinds = _kinds_beyond_lora(modules, parts, config)
+    if not kinds:
+        if not modules:
+            notes.append("nothing at or below the hook is adapted: the audit sees the base itself")
+        for module, lora in modules.items():
+            if lora.rank > max_lora_rank:
+                raise CandidateError(
+                    "skipped",
+                    "lora_rank",
+                    f"{module}: rank {lora.rank} > max_lora_rank {max_lora_rank}; raise max_lora_rank",
+                )
+        spec = LoraSpec(max((lora.rank for lora in modules.values()), default=0), modules)
+        settings = [[name, lora.rank, lora.scaling] for name, lora in modules.items()]
+        return FittedAdapter(read, settings, spec, {}, {}, config.declared_base, notes)
+    merged, more_notes = _merge(modules, parts, config, base, num_layers)
+    changed = {name: one for name, one in merged.items() if isinstance(one, MergedTensor)}
+    replaced = {name: one for name in parts.whole if isinstance(one := merged[name], TensorSpec)}
+    read |= {parts.file_names[name]: spec for name, spec in replaced.items()}
+    settings = [[name, one.start, one.scaling] for name, one in sorted(changed.items())]
+    notes += [f"merged into the base's weights: {', '.join(kinds)}", *more_notes]
+    return FittedAdapter(read, settings, None, merged, replaced, config.declared_base, notes)
 
 
-def _check_supported(config: dict[str, Any]) -> frozenset[str] | None:
-    """Refuse what the audit would not run as it was trained; returns target_modules, None for all."""
-
-    def skip(key: str, why: str) -> NoReturn:
-        raise CandidateError("skipped", "adapter_type", f"{key} {str(config.get(key))[:80]!r}: {why}")
-
-    if config.get("peft_type") != "LORA":
-        skip("peft_type", "only LORA adapters are audited; merge it into full weights")
-    for key, value in config.items():
-        if key not in READ and key not in IGNORED and value not in (None, False, 0, "", [], {}):
-            skip(key, "not supported; merge the adapter into full weights")
-    if config.get("bias", "none") != "none":
-        skip("bias", "adapters that train biases are not supported; merge it into full weights")
-    init = config.get("init_lora_weights")
-    if not isinstance(init, bool | str | None) or init not in PLAIN_INITS:
-        skip("init_lora_weights", "it changes the base's weights; convert it to plain LoRA or merge it")
-    if config.get("use_rslora") not in (None, True, False):
-        _reject("adapter_config", "use_rslora must be true or false")
-    targets = config.get("target_modules")
-    if targets == "all-linear":
-        return None
-    if isinstance(targets, str):
-        skip("target_modules", "a pattern is never compiled; list the modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        _reject("adapter_config", "target_modules must be a list of module names or 'all-linear'")
-    return frozenset(targets)
-
-
-def _read_pattern(config: dict[str, Any], field: str) -> dict[str, tuple[int, Any]]:
-    """Per-module values and their positions; keys are module names or endings, never regular expressions."""
-    pattern = config.get(field) or {}
-    if not isinstance(pattern, dict):
-        _reject("adapter_config", f"{field} must be an object")
-    for key in pattern:
-        if not _PATTERN.fullmatch(key):
-            raise CandidateError(
-                "skipped",
-                "adapter_type",
-                f"{field}: {key[:80]!r} must be a module name; no pattern is compiled",
-            )
-    return {key: (position, value) for position, (key, value) in enumerate(pattern.items())}
-
-
-def _match(pattern: dict[str, tuple[int, Any]], module: str, default: Any) -> Any:
-    """The first entry whose key is the module or its ending at a dot, as peft chooses."""
-    hits = [pattern[ending] for ending in _endings(module) if ending in pattern]
-    return min(hits)[1] if hits else default
-
-
-def _endings(module: str) -> list[str]:
-    """`a.b.c`, `b.c` and `c` for `a.b.c`."""
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _check_rank(module: str, rank: Any) -> int:
-    if type(rank) is not int or rank < 1:
-        _reject("lora_bounds", f"{module}: r must be an integer >= 1, got {str(rank)[:80]}")
-    return rank
-
-
-def _check_alpha(module: str, alpha: Any) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA:
-        _reject("lora_bounds", f"{module}: lora_alpha must be in (0, {MAX_ALPHA:g}], got {str(alpha)[:80]}")
-    return float(alpha)
-
-
-def _check_targeted(module: str, targets: frozenset[str] | None) -> None:
-    # Other loaders leave out tensors the config does not name: they and the audit would run two models.
-    if targets is not None and targets.isdisjoint(_endings(module)):
-        _reject("adapter_config", f"{module} has tensors and target_modules does not name it")
-
-
-def _pair_tensors(
-    header: dict[str, TensorSpec], num_layers: int
-) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Tensor names by module and side (A or B); anything else below the hook is a kind of adapter we lack."""
-    pairs: dict[str, dict[str, str]] = {}
-    above: list[str] = []
-    for name in header:
-        if match := _LORA_TENSOR.fullmatch(name):
-            pairs.setdefault(match["module"], {})[match["side"]] = name
-        elif lies_below_hook(name, num_layers):
+def _sort_tensors(header: Mapping[str, TensorSpec], config: AdapterConfig, num_layers: int) -> _Parts:
+    """Tensors by module and part; anything else at or below the hook is a kind of adapter we lack."""
+    parts = _Parts()
+    for name, spec in header.items():
+        own = name.removeprefix(PREFIX)
+        if own != name and (match := _PART.fullmatch(own)) and "lora_" not in match["module"]:
+            parts.of_module.setdefault(match["module"], {})[match["part"]] = spec
+            continue
+        if not lies_below_hook(name, num_layers):
+            parts.above.append(name)
+            continue
+        match = _WHOLE.fullmatch(own) if own != name else None
+        if match is None or "lora_" in own or ".modules_to_save" in own:
             raise CandidateError("skipped", "adapter_type", f"tensor {name}: not a lora_A or lora_B weight")
-        else:
-            above.append(name)
-    notes = (
-        [f"{len(above)} tensors above the hook were not read: {', '.join(sorted(above)[:3])}"]
-        if above
-        else []
-    )
-    if not pairs:
-        _reject("adapter_shape", f"{WEIGHTS_NAME} holds no lora_A and lora_B weights")
-    return pairs, notes
+        _check_whole(name, match, header, config)
+        place = f"{match['module']}.{match['leaf']}"
+        parts.whole[place], parts.file_names[place] = spec, name
+    if not parts.of_module:
+        reject("adapter_shape", f"{WEIGHTS_NAME} holds no lora_A and lora_B weights")
+    return parts
+
+
+def _check_whole(
+    name: str, match: re.Match[str], header: Mapping[str, TensorSpec], config: AdapterConfig
+) -> None:
+    """Refuse a tensor of the base's own that peft, by its config, would not load, or load elsewhere."""
+    module, leaf, is_wrapped = match["module"], match["leaf"], match["wrapped"] is not None
+    is_adapted = f"{PREFIX}{module}.{_A}" in header
+    if is_wrapped and (leaf == "weight" or not is_adapted):
+        raise CandidateError("skipped", "adapter_type", f"tensor {name}: not a lora_A or lora_B weight")
+    if leaf == "bias" and is_adapted and not is_wrapped:
+        raise CandidateError(
+            "skipped", "adapter_type", f"tensor {name}: releases of peft place it differently"
+        )
+    is_named = config.saves(module) or (leaf == "bias" and config.has_biases)
+    is_resized = leaf == "weight" and _EMBEDDING.search(module)  # kept whenever a vocabulary grew
+    if not is_named and not is_resized:
+        reject("adapter_config", f"{name} is there whole and neither modules_to_save nor bias names it")
+
+
+def _kinds_beyond_lora(modules: Mapping[str, LoraModule], parts: _Parts, config: AdapterConfig) -> list[str]:
+    """What vLLM cannot apply of what lies at or below the hook, in words."""
+    leaves = {name.rpartition(".")[2] for name in parts.whole}
+    return [
+        kind
+        for kind, is_there in (
+            ("DoRA", modules and config.use_dora),
+            ("biases beside B", modules and config.lora_bias),
+            ("PiSSA", modules and config.start == "pissa"),
+            ("OLoRA", modules and config.start == "olora"),
+            ("whole modules", "weight" in leaves),
+            ("biases", "bias" in leaves),
+        )
+        if is_there
+    ]
+
+
+def _merge(
+    modules: Mapping[str, LoraModule],
+    parts: _Parts,
+    config: AdapterConfig,
+    base: BaseModel,
+    num_layers: int,
+) -> tuple[dict[str, TensorSource], list[str]]:
+    """All the base's tensors at or below the hook, with those that the adapter changes in their place."""
+    for name in parts.whole:
+        if name not in base.tensors:
+            reject("wrong_base", f"the base has no tensor {name}, which the adapter holds whole")
+    fitted, notes = fit_to_base(base.tensors, base.tensors | parts.whole, num_layers)
+    merged: dict[str, TensorSource] = dict(fitted)
+    for module, lora in modules.items():
+        found, name = parts.of_module[module], f"{module}.weight"
+        merged[name] = MergedTensor(
+            base.tensors[name], found[_B], found[_A], lora.scaling, found.get(_MAGNITUDE), config.start
+        )
+        if _B_BIAS in found:
+            name = f"{module}.bias"
+            merged[name] = MergedTensor(fitted[name], found[_B_BIAS], None, lora.scaling, None, "base")
+    return merged, notes
 
 
 def _check_module(
-    module: str, sides: dict[str, str], header: dict[str, TensorSpec], base: BaseModel, rank: int
-) -> tuple[str, str]:
-    """Names of the module's A and B, once their shapes fit each other, the config and the base."""
-    if sides.keys() != {"A", "B"}:
-        _reject("adapter_shape", f"{module} has lora_{next(iter(sides))} only")
-    a, b = header[sides["A"]], header[sides["B"]]
+    module: str, found: Mapping[str, TensorSpec], base: BaseModel, rank: int, config: AdapterConfig
+) -> None:
+    """Check that a module's tensors fit each other, the config and the base."""
+    if not {_A, _B} <= found.keys():
+        there = ", ".join(sorted(part.partition(".")[0] for part in found))
+        reject("adapter_shape", f"{module} has {there} only")
+    for part, is_on, key in (
+        (_MAGNITUDE, config.use_dora, "use_dora"),
+        (_B_BIAS, config.lora_bias, "lora_bias"),
+    ):
+        if (part in found) != is_on:
+            has = "has" if part in found else "lacks"
+            reject("adapter_config", f"{module} {has} {part}, and {key} is {str(is_on).lower()}")
+    a, b = found[_A], found[_B]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        _reject("adapter_shape", f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply")
-    for spec, name in ((a, sides["A"]), (b, sides["B"])):
+        reject("adapter_shape", f"{module}: A {list(a.shape)} and B {list(b.shape)} do not multiply")
+    for part, spec in found.items():
         if spec.dtype not in FLOAT_DTYPES:
-            _reject("dtype", f"{name} must be one of {sorted(FLOAT_DTYPES)}, got {spec.dtype}")
+            reject(
+                "dtype", f"{PREFIX}{module}.{part} must be one of {sorted(FLOAT_DTYPES)}, got {spec.dtype}"
+            )
+        if part in (_MAGNITUDE, _B_BIAS) and spec.shape != b.shape[:1]:
+            reject("adapter_shape", f"{module}: {part} {list(spec.shape)} must be {list(b.shape[:1])}")
     if _EMBEDDING.search(module):
         raise CandidateError("skipped", "adapter_type", f"{module} is adapted and is no linear layer")
     weight = base.tensors.get(f"{module}.weight")
@@ -206,18 +238,15 @@ def _check_module(
         hint = f" (it has {depth} layers)" if layer is not None and layer >= depth else ""
         # A tied head is no tensor of its own, and no concern of the audit.
         if module != "lm_head":
-            _reject("wrong_base", f"the base has no linear module {module}{hint}")
+            reject("wrong_base", f"the base has no linear module {module}{hint}")
     elif (b.shape[0], a.shape[1]) != weight.shape:
-        _reject(
+        reject(
             "wrong_base",
             f"{module} is {[b.shape[0], a.shape[1]]} in the adapter, {list(weight.shape)} in the base",
         )
+    if _B_BIAS in found and f"{module}.bias" not in base.tensors:
+        reject("wrong_base", f"{module} has no bias in the base that {_B_BIAS} could be added to")
     if rank != a.shape[0]:
-        _reject("lora_bounds", f"{module}: r is {rank} in the config and {a.shape[0]} in the tensors")
+        reject("lora_bounds", f"{module}: r is {rank} in the config and {a.shape[0]} in the tensors")
     if rank > min(b.shape[0], a.shape[1]):
-        _reject("lora_bounds", f"{module}: r must be <= {min(b.shape[0], a.shape[1])}, got {rank}")
-    return sides["A"], sides["B"]
-
-
-def _reject(code: str, text: str) -> NoReturn:
-    raise CandidateError("rejected", code, text)
+        reject("lora_bounds", f"{module}: r must be <= {min(b.shape[0], a.shape[1])}, got {rank}")

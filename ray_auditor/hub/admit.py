@@ -77,14 +77,19 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
     card = read_card(candidate.path, names)
     findings = note_tokenizer(base.path, candidate.path, names)
     if candidate.kind == "adapter":
-        read, lora, notes = read_adapter(
-            candidate.path, base, num_layers=num_layers, max_lora_rank=max_lora_rank
+        found = read_adapter(candidate.path, base, num_layers=num_layers, max_lora_rank=max_lora_rank)
+        closeness = measure_closeness(base.tensors, found.replaced)
+        if closeness is not None:
+            check_statistics(closeness)
+        lineage = judge(base, card, found.declared_base, closeness)
+        return Admitted(
+            candidate,
+            hash_content(found.read, found.settings),
+            found.merged or dict(found.read),
+            found.lora,
+            (*found.notes, *_note_code({}, names), *findings, *lineage.conflicts),
+            found.declared_base,
         )
-        scalings = [
-            [name, lora.modules[name].rank, lora.modules[name].scaling] for name in sorted(lora.modules)
-        ]
-        notes += [*_note_code({}, names), *findings, *judge(base, card, lora.base_model, None).conflicts]
-        return Admitted(candidate, hash_content(read, scalings), read, lora, tuple(notes))
 
     config = _read_config(candidate.path, names)
     different, notes = find_differences(base.config, config)
@@ -102,7 +107,7 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
     content_sha256 = hash_content(read)
     if content_sha256 == base.content_sha256:
         more_notes.append("every tensor the audit reads is identical to the base's")
-    return Admitted(candidate, content_sha256, read, None, (*notes, *more_notes))
+    return Admitted(candidate, content_sha256, dict(read), None, (*notes, *more_notes))
 
 
 def _read_config(folder: Path, names: list[str]) -> dict[str, Any]:

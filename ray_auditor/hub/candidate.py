@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 Kind = Literal["adapter", "full"]
 RefusalStatus = Literal["rejected", "skipped", "deferred", "failed"]
+Start = Literal["base", "pissa", "olora"]
 
 MAX_TEXT_CHARS = 400
 
@@ -84,6 +85,31 @@ class TensorSpec:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class MergedTensor:
+    """One of the base's tensors as an adapter changes it; `checkpoint.iter_tensors` computes it, in fp32.
+
+    W + scaling * B A, where W is the base's tensor less what `start` names; with a magnitude, every row of
+    that is scaled to have it as its norm. A bias gains scaling * `added`.
+    """
+
+    base: TensorSpec
+    added: TensorSpec  # lora_B [out, rank]; or, without `lora_A`, what is added as it is
+    lora_A: TensorSpec | None  # [rank, in]
+    scaling: float
+    magnitude: TensorSpec | None  # [out]: the norm every row has in the end (DoRA)
+    start: Start  # what training had taken out of `base` before it began
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the base's tensor."""
+        return self.base.shape
+
+
+TensorSource = TensorSpec | MergedTensor
+"""Where a tensor comes from: bytes of one file, or those of several that are computed with."""
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The model every candidate is compared with."""
@@ -111,7 +137,6 @@ class LoraSpec:
 
     rank: int  # largest over modules; 0 when nothing lies at or below the hook
     modules: dict[str, LoraModule]  # by module name in the base: model.layers.0.self_attn.q_proj
-    base_model: str | None  # what the adapter says it was trained on; a claim, never resolved as a path
 
 
 @dataclass(frozen=True)
@@ -119,11 +144,12 @@ class Admitted:
     """A candidate whose files may be read.
 
     `tensors` holds what the audit reads and nothing else, under the names of the files: the base's own names
-    for full weights, `base_model.model.*` for an adapter.
+    for full weights and for an adapter that is merged into them, `base_model.model.*` for any other adapter.
     """
 
     candidate: Candidate
     content_sha256: str  # over what is read only: the same bytes under another id share it
-    tensors: dict[str, TensorSpec]
-    lora: LoraSpec | None  # None for full weights
+    tensors: dict[str, TensorSource]
+    lora: LoraSpec | None  # None for full weights, and for what is merged into them
     notes: tuple[str, ...]
+    declared_base: str | None = None  # what an adapter says it was trained on; a claim, never resolved

@@ -77,6 +77,9 @@ def test_swapped_weights_and_adapters_equal_transformers_and_leave_no_trace(tmp_
     path = make_model(tmp_path / "base")
     other = make_finetune(tmp_path / "other", path, seed=1)
     adapters = [make_adapter(tmp_path / f"adapter{r}", path, seed=r, rank=r) for r in (2, 8)]
+    merged = make_adapter(
+        tmp_path / "merged", path, seed=3, use_dora=True, modules_to_save=["input_layernorm"]
+    )
     base = open_base(path)
 
     def admitted(folder: Path, kind: str) -> object:
@@ -89,6 +92,7 @@ def test_swapped_weights_and_adapters_equal_transformers_and_leave_no_trace(tmp_
             (other, "full"),
             (adapters[0], "adapter"),
             (other, "full"),
+            (merged, "adapter"),
             (adapters[1], "adapter"),
         ):
             engine.load(admitted(folder, kind))  # type: ignore[arg-type]

@@ -181,20 +181,32 @@ def test_C09_imports(hub, audit_events, seen) -> None:
 
 @fault(
     "C10",
-    "DoRA, IA3, VeRA, prompt tuning, whole modules, embeddings; rsLoRA",
+    "IA3, VeRA, prompt tuning, embeddings, random starts; DoRA, PiSSA, whole modules; rsLoRA",
     demanded="what is not supported is skipped by name",
-    seen="skipped:adapter_type; ok",
+    seen="skipped:adapter_type; rejected:adapter_config; ok, noted; ok",
+    why="what vLLM cannot apply is merged, and says so; one whose tensors contradict its config is rejected",
 )
 def test_C10_kinds(hub, seen) -> None:
     for i, kind in enumerate(("IA3", "VERA", "PROMPT_TUNING", None)):
         hub.adapter(f"kind{i}", peft_type=kind)
-    off = {"use_dora": True, "modules_to_save": ["embed_tokens"], "bias": "all", "init_lora_weights": "pissa"}
-    for key, value in off.items():
-        hub.adapter(key, **{key: value})
-    hub.adapter("vector", adapter_tensors(1) | {f"base_model.model.{Q}.lora_magnitude_vector": np.zeros(8)})
+    for init in ("pissa_niter_4", "loftq", "corda"):
+        hub.adapter(init, init_lora_weights=init)
+    embedding = {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 10))}
+    hub.adapter("embedding", adapter_tensors(1) | embedding)
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(array))
+        for name, array in adapter_tensors(1).items()
+        if "lora_B" in name
+    }
+    hub.adapter("unnamed", adapter_tensors(1) | magnitudes)
+    hub.adapter("dora", adapter_tensors(1) | magnitudes, use_dora=True)
+    hub.adapter("pissa", init_lora_weights="pissa")
+    embeddings = {"base_model.model.model.embed_tokens.weight": model_tensors(1)["model.embed_tokens.weight"]}
+    hub.adapter("whole", adapter_tensors(1) | embeddings, modules_to_save=["embed_tokens"])
     hub.adapter("rslora", use_rslora=True)
     outcomes = hub.outcomes()
     assert outcomes["rslora"] == "ok"
+    assert {outcomes[name] for name in ("dora", "pissa", "whole")} == {"ok, noted"}
     for outcome in outcomes.values():
         seen(outcome)
 
