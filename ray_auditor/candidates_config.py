@@ -15,6 +15,13 @@ class Source(StrEnum):
     objects = "objects"
 
 
+class Read(StrEnum):
+    """How much of full weights that lie elsewhere is fetched."""
+
+    verified = "verified"  # whole files where a hash can be held to them, ranges where none is known
+    ranges = "ranges"  # never more than the header and the tensors up to the hook
+
+
 RELATIONS = ("finetune", "adapter", "merge", "quantized")  # to the base, in the hub's words
 
 # The settings each source reads; any other one that is given is an error, for it would be ignored.
@@ -92,6 +99,7 @@ class DownloadConfig:
     """How candidates that are not on this machine come here."""
 
     cache_dir: str | None = None  # None: `cache` in out_dir
+    read: Read = Read.verified
     max_cache_bytes: int = 200 << 30
     min_free_bytes: int = 10 << 30
     max_candidate_bytes: int = 100 << 30

@@ -23,6 +23,7 @@ from ray_auditor.store import Store, Unit
 from ray_auditor.worker import Assignment
 
 LASTING = ("admitted", "rejected", "skipped")  # what the same files will be the next time, too
+UNVERIFIED = "read in ranges: that its bytes are those of the commit is the hub's word, held to no hash"
 NOT_YET = "deferred:not_fetched: the sweep ended before its files were here"
 
 Landed = tuple[list[Pinned], Path | Exception, ExitStack]
@@ -116,7 +117,7 @@ class Arrivals:
     @property
     def num_bytes(self) -> int:
         """All there is to move, if nothing of it is in the cache."""
-        return sum({file.oid: file.num_bytes for one in self.pending for file in one.files}.values())
+        return sum({file.blob: file.num_bytes for one in self.pending for file in one.files}.values())
 
     def groups(self) -> list[list[Pinned]]:
         """Candidates with the same files together."""
@@ -182,6 +183,8 @@ class Arrivals:
             raise outcome
         else:
             row, admitted = self.admit(Candidate(first.id, outcome, first.kind, first.num_weight_bytes))
+            if first.is_unverified:
+                row = replace(row, notes=(*row.notes, UNVERIFIED))
             if first.unused:
                 row = replace(row, notes=(*row.notes, f"not fetched: {', '.join(first.unused)}"))
             self.recall.remember(first.key, row)

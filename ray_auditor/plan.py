@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_auditor.calibration import recorded_fits
-from ray_auditor.candidates_config import Source
+from ray_auditor.candidates_config import Read, Source
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine import check_fit, num_layers_of
 from ray_auditor.engine_class import engine_class
@@ -107,6 +107,8 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
     ledger = Ledger(store.root / "ledger.sqlite")
     remote = open_remote(config.candidates) if candidates else None
     found = list(list_rows(config, remote, ledger)) if candidates else []
+    if remote is not None and (remote.origin.is_store or config.download.read is Read.ranges):
+        found = [(one.in_ranges(num_layers) if isinstance(one, Pinned) else one, role) for one, role in found]
     suites = load_suites(config.suites, base.path)
     check_context(base, suites)
     base_unit = Unit(

@@ -58,8 +58,8 @@ class Cache:
 
     def missing(self, pinned: Pinned) -> list[RemoteFile]:
         """Files that must be fetched."""
-        distinct = {file.oid: file for file in pinned.files}
-        return [file for file in distinct.values() if not self.blob(file.oid).is_file()]
+        distinct = {file.blob: file for file in pinned.files}
+        return [file for file in distinct.values() if not self.blob(file.blob).is_file()]
 
     @contextmanager
     def pin(self, key: str) -> Iterator[Path]:
@@ -94,7 +94,7 @@ class Cache:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         for file in pinned.files:
-            os.link(self.blob(file.oid), building / file.name)
+            os.link(self.blob(file.blob), building / file.name)
         try:
             os.rename(building, folder)
         except OSError:
@@ -118,11 +118,11 @@ class Cache:
                 "too_large",
                 f"{pinned.num_bytes} bytes, and download.max_cache_bytes is {self.max_bytes}",
             )
-        oids = [file.oid for file in pinned.files]
+        oids = [file.blob for file in pinned.files]
         with self._room:
             self._wanted.update(oids)  # from here on nothing of it is evicted, neither blobs nor parts
             missing = self.missing(pinned)
-            num_bytes = sum(file.num_bytes - _size(self.partial(file.oid)) for file in missing)
+            num_bytes = sum(file.num_bytes - _size(self.partial(file.blob)) for file in missing)
             self._num_waiting += 1
             try:
                 while not self._fits(num_bytes):
@@ -204,7 +204,9 @@ def _if_free(path: Path) -> Iterator[bool]:
 
 
 def _size(path: Path) -> int:
+    """What a file takes of the disk: its holes are free."""
     try:
-        return path.stat().st_size if path.is_file() else 0
+        status = path.stat()
+        return min(status.st_size, 512 * status.st_blocks) if path.is_file() else 0
     except FileNotFoundError:
         return 0

@@ -3,7 +3,8 @@
     python -m ray_auditor.hub.download
 
 One JSON object a line comes in: first what the process is, `{"token", "endpoint"}`, then jobs, `{"url" or
-"store" and "name", "path", "target", "num_bytes", "oid"}`. Out go `{"alive": bytes}` while bytes arrive and
+"store" and "name", "path", "target", "num_bytes", "oid"}`, with "num_layers" when only what lies at or below
+a hook is wanted. Out go `{"alive": bytes}` while bytes arrive and
 one `{"outcome": ...}` a job. It tries once and waits for nothing: when to try again is the parent's to know,
 and a parent that hears nothing kills it.
 """
@@ -76,6 +77,13 @@ def run_job(job: Outcome, secret: Outcome) -> Outcome:
 
 def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
     num_bytes: int = job["num_bytes"]
+    if "num_layers" in job:
+        from ray_auditor.hub.ranges import RangedFile
+
+        def read(start: int, stop: int) -> Iterator[bytes | Outcome]:
+            return _read_object(job, start, stop) if "store" in job else _read_http(job, secret, start, stop)
+
+        return RangedFile(descriptor, num_bytes, read, _stay_alive).fetch(job["num_layers"])
     digest = _digest(job["oid"], num_bytes)
     done = os.fstat(descriptor).st_size
     if done > num_bytes:
@@ -102,7 +110,7 @@ def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
         return {"outcome": "network", "text": f"{done} of {num_bytes} bytes came"}
     if not job["oid"].startswith("etag-") and digest.hexdigest() != job["oid"]:
         return _discard(descriptor, "corrupt", "other bytes than the tree's hash says")
-    return {"outcome": "done"}
+    return {"outcome": "done", "num_moved": num_bytes}
 
 
 def _digest(oid: str, num_bytes: int) -> Any:
@@ -117,8 +125,13 @@ def _discard(descriptor: int, outcome: str, text: str) -> Outcome:
     return {"outcome": outcome, "text": text}
 
 
-def _read_http(job: Outcome, secret: Outcome, start: int) -> Iterator[bytes | Outcome]:
-    """The file's bytes from `start`, or one outcome; `restart` when the server begins at the beginning."""
+def _read_http(
+    job: Outcome, secret: Outcome, start: int, stop: int | None = None
+) -> Iterator[bytes | Outcome]:
+    """The file's bytes from `start`, or one outcome; `restart` when the server begins at the beginning.
+
+    With `stop`, that range and no other, from a server that does not name another file or size.
+    """
     import httpx2
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import get_session
@@ -128,13 +141,16 @@ def _read_http(job: Outcome, secret: Outcome, start: int) -> Iterator[bytes | Ou
     say({"alive": start})  # what came before was this process's own time
     headers = request_headers(secret["token"])
     headers["accept-encoding"] = "identity"  # ranges and lengths are those of the file itself
-    if start:
-        headers["range"] = f"bytes={start}-"
+    if start or stop is not None:
+        headers["range"] = f"bytes={start}-" + ("" if stop is None else str(stop - 1))
     try:
         # The client drops the token when a redirect leads to another host.
         with get_session().stream("GET", job["url"], headers=headers, timeout=None) as response:
             if response.status_code not in (200, 206):
                 yield _refusal(response)
+                return
+            if stop is not None:
+                yield from _read_range(job, response, start, stop)
                 return
             if start and response.status_code == 200:
                 yield {"outcome": "restart"}
@@ -154,6 +170,24 @@ def _read_http(job: Outcome, secret: Outcome, start: int) -> Iterator[bytes | Ou
         yield {"outcome": "offline", "text": "HF_HUB_OFFLINE is set"}
 
 
+def _read_range(job: Outcome, response: Any, start: int, stop: int) -> Iterator[bytes | Outcome]:
+    """The body of an answer to a request for one range, once all that the server says of it fits."""
+    if response.status_code == 200:
+        yield {"outcome": "no_ranges", "text": "the server sends whole files only"}
+        return
+    said = [one.headers for one in (*response.history, response)]
+    etags = {h["x-linked-etag"].strip('W/"') for h in said if "x-linked-etag" in h}
+    commits = {h["x-repo-commit"] for h in said if "x-repo-commit" in h}
+    if not etags <= {job["oid"]} or not commits <= {job["commit"]}:
+        yield {"outcome": "stale", "text": "the server names another file or commit than was pinned"}
+        return
+    found, wanted = response.headers.get("content-range"), f"bytes {start}-{stop - 1}/{job['num_bytes']}"
+    if found != wanted:
+        yield {"outcome": "network", "text": f"the server sent {str(found)[:80]!r} for {wanted!r}"}
+        return
+    yield from response.iter_raw()
+
+
 def _refusal(response: Any) -> Outcome:
     names = ("ratelimit", "retry-after", "date", "x-error-code")
     kept = {name: response.headers[name][:200] for name in names if name in response.headers}
@@ -165,7 +199,7 @@ def _continues(content_range: str | None, start: int) -> bool:
     return (content_range or "bytes 0-").startswith(f"bytes {start}-")
 
 
-def _read_object(job: Outcome, start: int) -> Iterator[bytes | Outcome]:
+def _read_object(job: Outcome, start: int, stop: int | None = None) -> Iterator[bytes | Outcome]:
     """As `_read_http`, from an object store whose keys are in this process's environment."""
     import obstore
     from obstore.exceptions import BaseError
@@ -180,7 +214,9 @@ def _read_object(job: Outcome, start: int) -> Iterator[bytes | Outcome]:
             yield {"outcome": "stale", "text": "the object was written again since it was listed"}
             return
         options: Any = {"if_match": entry["e_tag"]} if entry["e_tag"] else {}
-        if start:
+        if stop is not None:
+            options["range"] = (start, stop)
+        elif start:
             options["range"] = {"offset": start}
         for chunk in obstore.get(store, job["name"], options=options).stream(CHUNK_BYTES):
             yield bytes(chunk)

@@ -43,7 +43,8 @@ class Origin:
         """The part of a job that says where a file is."""
         if self.is_store:
             return {"store": self.url, "name": f"{pinned.repo}/{file.name}"}
-        return {"url": f"{self.url}/{pinned.repo}/resolve/{pinned.commit}/{quote(file.name)}"}
+        url = f"{self.url}/{pinned.repo}/resolve/{pinned.commit}/{quote(file.name)}"
+        return {"url": url, "commit": pinned.commit}
 
 
 class Fetcher:
@@ -89,9 +90,9 @@ class Fetcher:
             for _ in range(self._max_attempts):
                 for file in self.cache.missing(pinned):
                     with self._lock:
-                        busy = self._busy[file.oid]
+                        busy = self._busy[file.blob]
                     with busy:  # another candidate may have the same bytes
-                        if not self.cache.blob(file.oid).is_file():
+                        if not self.cache.blob(file.blob).is_file():
                             self._fetch_file(pinned, file)
                 try:
                     return self.cache.stage(pinned)
@@ -109,11 +110,13 @@ class Fetcher:
     def _fetch_file(self, pinned: Pinned, file: RemoteFile) -> None:
         job: Outcome = {
             **self._origin.locate(pinned, file),
-            "path": str(self.cache.partial(file.oid)),
-            "target": str(self.cache.blob(file.oid)),
+            "path": str(self.cache.partial(file.blob)),
+            "target": str(self.cache.blob(file.blob)),
             "num_bytes": file.num_bytes,
             "oid": file.oid,
         }
+        if file.num_layers is not None:
+            job["num_layers"] = file.num_layers
         num_corrupt = 0
         said = ""
         for attempt in range(self._max_attempts):
@@ -123,7 +126,7 @@ class Fetcher:
             kind, said = outcome["outcome"], f"{file.name}: {outcome.get('text', '')}"
             if kind == "done":
                 with self._lock:
-                    self.num_bytes += file.num_bytes
+                    self.num_bytes += outcome["num_moved"]
                 return
             if kind == "corrupt":
                 num_corrupt += 1
@@ -133,6 +136,8 @@ class Fetcher:
                 raise CandidateError("rejected", "size_mismatch", said)
             elif kind == "stale":
                 raise CandidateError("deferred", "stale_commit", said)
+            elif kind == "no_ranges":
+                raise CandidateError("deferred", "no_ranges", f"{said}; set download.read=verified")
             elif kind == "disk":
                 raise CandidateError("deferred", "disk", said)
             elif kind == "offline":

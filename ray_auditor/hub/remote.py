@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,18 +37,26 @@ class RemoteFile:
     """One file that can be fetched.
 
     `oid` says what its bytes must be: 64 hex digits are their sha256, 40 the git blob's sha1, and
-    `etag-<64 hex>` stands for a version of an object whose bytes nobody has hashed.
+    `etag-<64 hex>` stands for a version of an object whose bytes nobody has hashed. With `num_layers`, only
+    its header and the tensors of so many layers are wanted, in byte ranges: that they are those of `oid`
+    is then the server's word.
     """
 
     name: str
     num_bytes: int
     oid: str
+    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.num_bytes) is not int or not 0 <= self.num_bytes < 1 << 50:
             raise CandidateError("rejected", "tree", f"{self.name!r} has size {str(self.num_bytes)[:30]}")
         if not isinstance(self.oid, str) or not _OID.fullmatch(self.oid):
             raise CandidateError("rejected", "tree", f"{self.name!r} has no hash that can be verified")
+
+    @property
+    def blob(self) -> str:
+        """Its name in the cache: a part of a file never passes for the file."""
+        return self.oid if self.num_layers is None else f"layers-{self.num_layers}-{self.oid}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +88,27 @@ class Pinned:
     @cached_property
     def key(self) -> str:
         """sha256 hex over the names and hashes of the wanted files: the same for a README's commit."""
-        lines = sorted((file.name, file.num_bytes, file.oid) for file in self.files)
+        lines = sorted((file.name, file.num_bytes, file.blob) for file in self.files)
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
     @property
+    def is_unverified(self) -> bool:
+        """Whether a hash is known that what is fetched of it cannot be held to."""
+        return any(file.num_layers is not None and not file.oid.startswith("etag-") for file in self.files)
+
+    def in_ranges(self, num_layers: int) -> "Pinned":
+        """The same with no more of full weights than the audit reads."""
+        if self.kind != "full":
+            return self
+        files = (
+            replace(file, num_layers=num_layers) if file.name.endswith(".safetensors") else file
+            for file in self.files
+        )
+        return replace(self, files=tuple(files))
+
+    @property
     def num_bytes(self) -> int:
-        """All there is to fetch."""
+        """All there is to fetch; of what is read in ranges, at most."""
         return sum(file.num_bytes for file in self.files)
 
     @property

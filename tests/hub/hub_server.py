@@ -131,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         self.extra: dict[str, str] = {}
         self.cut_at: int | None = None
         self.stall_at: int | None = None
+        self.serves_ranges = True
         try:
             self.server.requests.append(self.path)
             if given := self.headers.get("Authorization"):
@@ -222,17 +223,21 @@ class Handler(BaseHTTPRequestHandler):
         if file.endswith(".safetensors") and self.body is None and self.cut_at is self.stall_at is None:
             port = self.server.cdn.server_address[1]
             raise Answer(
-                302, Location=f"http://localhost:{port}{path}?signature=x", X_Linked_Size=str(len(data))
+                302,
+                Location=f"http://localhost:{port}{path}?signature=x",
+                X_Linked_Size=str(len(data)),
+                X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
             )
         self.send_range(self.body(data) if self.body is not None else data, path)
 
     def send_range(self, data: bytes, path: str) -> None:
-        start = 0
+        start, last = 0, len(data) - 1
         status = 200
-        if (asked := self.headers.get("Range")) is not None:
-            start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
-            self.extra["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        body = data[start:]
+        if (asked := self.headers.get("Range")) is not None and self.serves_ranges:
+            first, _, end = asked.removeprefix("bytes=").partition("-")
+            start, last, status = int(first), min(last, int(end or last)), 206
+            self.extra["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
+        body = data[start : last + 1]
         self.send_response(status)
         for key, value in self.extra.items():
             self.send_header(key, value)
@@ -272,6 +277,7 @@ class Sent(Answer):
 class CdnHandler(Handler):
     def do_GET(self) -> None:
         self.body, self.extra, self.cut_at, self.stall_at = None, {}, None, None
+        self.serves_ranges = True
         hub: HubServer = self.server.hub  # type: ignore[attr-defined]
         hub.requests.append(f"cdn{self.path}")
         if given := self.headers.get("Authorization"):

@@ -17,6 +17,7 @@ class S3Server(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.page_size = page_size
         self.requests: list[str] = []
+        self.num_bytes_sent = 0  # of objects
         self.fail = 0  # how many of the next requests get a 500
 
     @property
@@ -63,11 +64,14 @@ class S3Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             return self._send(412, b"")
         headers = {"ETag": etag, "Last-Modified": formatdate(1_700_000_000, usegmt=True)}
-        start = 0
+        start, last = 0, len(data) - 1
         if (asked := self.headers.get("Range")) is not None:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        return self._send(206 if asked else 200, data[start:], **headers)
+            first, _, end = asked.removeprefix("bytes=").partition("-")
+            start, last = int(first), min(last, int(end or last))
+            headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
+        body = data[start : last + 1]
+        server.num_bytes_sent += len(body) if self.command == "GET" else 0
+        return self._send(206 if asked else 200, body, **headers)
 
     def _list(self, query: dict[str, list[str]]) -> None:
         prefix = query.get("prefix", [""])[0]
