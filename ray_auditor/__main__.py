@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from ray_auditor.config import AuditConfig, Verb, register_schemas
 
 INTERNAL_ERROR, USAGE_ERROR = 2, 4
+# What the words after a verb are, that are no overrides.
+WORDS = {"show": ("candidate",), "ack": ("candidate",), "diff": ("before", "after")}
 HOW_TO_DIFFER = "say, for one, out_dir='out/k${sae.k}'"
 # What Hydra reads as it stands: plain characters, a list, a quoted string.
 PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+*?$(){}~-]*|[\[{].*|(?P<q>['\"]).*(?P=q)")
@@ -55,11 +57,17 @@ def verb_function(verb: Verb) -> Callable[[AuditConfig], int]:
         return doctor.run_doctor
     from ray_auditor import reading
 
-    return reading.write_report if verb is Verb.report else reading.show_candidate
+    verbs = {
+        Verb.report: reading.write_report,
+        Verb.show: reading.show_candidate,
+        Verb.ack: reading.run_ack,
+        Verb.diff: reading.run_diff,
+    }
+    return verbs[verb]
 
 
 def to_overrides(arguments: Sequence[str]) -> list[str]:
-    """Turn `VERB [CANDIDATE] overrides` into Hydra's arguments.
+    """Turn `VERB [WORD ...] overrides` into Hydra's arguments.
 
     Raises:
         ValueError: The first word is neither a verb, nor a flag, nor an override.
@@ -72,8 +80,9 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     if first not in set(Verb):
         raise ValueError(f"the verb must be one of {', '.join(Verb)}, got {first!r}; see ray-auditor --help")
     overrides = [f"verb={quote(first) if first == Verb.null else first}"]  # a bare null is None to Hydra
-    if first == Verb.show and rest and not rest[0].startswith(("--", "out_dir=", "show.")):
-        overrides.append(f"show.candidate={quote(rest.pop(0))}")
+    for name in WORDS.get(first, ()):
+        if rest and not rest[0].startswith(("--", "out_dir=", f"{first}.")):
+            overrides.append(f"{first}.{name}={quote(rest.pop(0))}")
     if first == Verb.demo:
         overrides.append("+experiment=demo")
     # argparse takes the overrides as one run of words, so Hydra's own flags go before them.

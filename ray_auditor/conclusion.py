@@ -3,8 +3,6 @@
 Nothing here needs the engine: it can be repeated on a laptop against the store.
 """
 
-import json
-import os
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,48 +10,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from ray_auditor import __version__
+from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.calibration import Calibration
 from ray_auditor.engine_class import engine_version
 from ray_auditor.features import describe_features, moved_features
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
 from ray_auditor.gate import MISFIT
-from ray_auditor.history import History
+from ray_auditor.history import History, content_of
+from ray_auditor.outputs import write_outputs
 from ray_auditor.plan import Plan, Row, gate_base
 from ray_auditor.rates import Bootstrap, suite_sums
 from ray_auditor.reduction import Failures, Status, reduce_committed
-from ray_auditor.report.html import write_html
+from ray_auditor.report.finding import exit_code_of
 from ray_auditor.report.terminal import print_summary
 from ray_auditor.standing import Standing
 from ray_auditor.store import TokenRows
 
-EXIT_OK, EXIT_FINDINGS, EXIT_FAILED, EXIT_NOTHING = 0, 1, 2, 3
 MAX_DETAILED = 200  # flags whose moved features are kept in the summary
-
-FINDINGS = pa.schema(
-    [
-        pa.field("candidate", pa.string(), nullable=False),
-        pa.field("suite", pa.string(), nullable=False),
-        pa.field("rule", pa.string(), nullable=False),
-        pa.field("score", pa.float64(), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("overlap", pa.float64(), nullable=False),
-        pa.field("shift", pa.float64(), nullable=False),
-        pa.field("difference_rate", pa.float64()),
-        pa.field("ci_low", pa.float64()),
-        pa.field("ci_high", pa.float64()),
-        pa.field("z", pa.float64()),
-        pa.field("miss_z", pa.float64()),
-        pa.field("p", pa.float64()),
-        pa.field("q", pa.float64()),
-        pa.field("unit_key", pa.string(), nullable=False),
-        pa.field("content_sha256", pa.string(), nullable=False),
-    ]
-)
 
 
 def conclude(plan: Plan, failures: Failures) -> int:
@@ -86,12 +62,8 @@ def conclude(plan: Plan, failures: Failures) -> int:
     flagged = [(flag.candidate, flag.suite) for flag in population.flags]
     flagged += [(name, MISFIT) for name, (status, _) in statuses.items() if status == MISFIT]
     whys, new = history.whys(), history.new(flagged)
-    exit_code = _exit_code(
-        Counter(status for status, _ in statuses.values()), alert=bool(new) or not config.flag.only_new
-    )
-    summary = {
+    summary: dict[str, Any] = {
         "counts": dict(Counter(status for status, _ in statuses.values())),
-        "exit_code": exit_code,
         "noise_floor": reduced.floors,
         "calibration": _calibration(reduced.calibration, plan.k),
         "sae_gate": _gate(plan, reduced.base),
@@ -105,6 +77,7 @@ def conclude(plan: Plan, failures: Failures) -> int:
         "candidates": [
             _candidate(plan, row, statuses[row.id], population, reduced.misfits.get(row.id))
             | {"why": whys[row.id]}
+            | ({"new": (row.id, MISFIT) in new} if statuses[row.id][0] == MISFIT else {})
             for row in plan.candidates
         ],
         "flags": [asdict(flag) | {"new": (flag.candidate, flag.suite) in new} for flag in population.flags],
@@ -115,25 +88,14 @@ def conclude(plan: Plan, failures: Failures) -> int:
     }
     if reduced.base is not None:
         summary["details"] = _details(plan, reduced.base, population)
-    data = json.dumps(summary, indent=1, allow_nan=False)
-    summary = json.loads(data)  # what a reader of the file sees is what the report shows
-    _write(out_dir / "summary.json", data.encode())
-    _write_findings(out_dir / "findings.parquet", plan, population)
-    write_html(summary, out_dir / "report.html")
+    mark_acknowledged(summary, read_acknowledgements(out_dir))
+    summary["exit_code"] = exit_code_of(summary)
+    summary = write_outputs(summary, out_dir)
     history.conclude({name: status for name, (status, _) in statuses.items()}, flagged)
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
-    return exit_code
-
-
-def _exit_code(counts: Counter[str], *, alert: bool) -> int:
-    if counts["failed"] or counts["deferred"]:
-        return EXIT_FAILED
-    found = counts["flagged"] + counts[MISFIT]
-    if found and alert:
-        return EXIT_FINDINGS
-    return EXIT_OK if counts["ok"] or found else EXIT_NOTHING
+    return int(summary["exit_code"])
 
 
 def _candidate(plan: Plan, row: Row, status: Status, population: Population, misfit: Any) -> dict[str, Any]:
@@ -158,6 +120,7 @@ def _candidate(plan: Plan, row: Row, status: Status, population: Population, mis
         "suite": standing.suite,
         "rivals": _rivals(plan, row) if measured else None,
         "unit_key": row.unit.key if row.unit else None,
+        "content_sha256": content_of(row),
         "declared_base": row.declared_base,
         "suites": cells,
     }
@@ -241,28 +204,3 @@ def _versions() -> dict[str, str]:
         name: version(name) for name in ("torch", "ray", "sae-lens", "transformers", "pyarrow", "datasets")
     }
     return {"ray-auditor": __version__, "vllm": engine_version(), **found}
-
-
-def _write_findings(path: Path, plan: Plan, population: Population) -> None:
-    """One row a flag; docs/schema.md has the columns."""
-    units = {row.id: row.unit for row in plan.candidates if row.unit}
-    rows = [
-        asdict(flag)
-        | _numbers(population.cells[flag.candidate][flag.suite])
-        | {name: getattr(population.standings[flag.candidate], name) for name in ("p", "q")}
-        | {"unit_key": units[flag.candidate].key, "content_sha256": units[flag.candidate].candidate_key}
-        for flag in population.flags
-    ]
-    table = pa.Table.from_pylist(
-        [{name: row[name] for name in FINDINGS.names} for row in rows], schema=FINDINGS
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    _write(path, sink.getvalue().to_pybytes())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` whole."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.write_bytes(data)
-    os.replace(temp, path)

@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig
+from ray_auditor.reading_config import AckConfig, DiffConfig, ShowConfig
 
 MAX_K = 128
 
@@ -19,6 +20,8 @@ class Verb(StrEnum):
     sweep = "sweep"
     report = "report"
     show = "show"
+    ack = "ack"
+    diff = "diff"
     null = "null"
     calibrate = "calibrate"
     evaluate = "evaluate"
@@ -233,14 +236,6 @@ class NullConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ShowConfig:
-    """What `show` prints."""
-
-    candidate: str | None = None
-    suite: str | None = None
-
-
-@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """What `evaluate` compares a sweep with."""
 
@@ -263,6 +258,8 @@ class AuditConfig:
     flag: FlagConfig = field(default_factory=FlagConfig)
     null: NullConfig = field(default_factory=NullConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
+    ack: AckConfig = field(default_factory=AckConfig)
+    diff: DiffConfig = field(default_factory=DiffConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def require_inputs(self, *, candidates: bool = True) -> None:

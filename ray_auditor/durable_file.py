@@ -42,6 +42,29 @@ def put_file(target: Path, data: bytes | memoryview, *, temp: Path, replace: boo
         return True
 
 
+def append_lines(target: Path, lines: bytes) -> None:
+    """Append whole lines to `target`, synced; what a killed writer left of a line goes first.
+
+    Of several writers each appends in its turn. A reader must leave out a last line without its end.
+
+    Args:
+        target: Made when it is not there.
+        lines: Each ending in a line feed.
+    """
+    descriptor = os.open(target, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with open(descriptor, "rb", closefd=False) as file:
+            os.ftruncate(descriptor, file.read().rfind(b"\n") + 1)
+        view = memoryview(lines)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_path(target.parent)
+
+
 def remove_if_stale(temp: Path) -> None:
     """Remove what a killed writer left; a living writer's file is locked and stays."""
     try:

@@ -11,14 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.config import AuditConfig
-from ray_auditor.durable_file import put_file
 from ray_auditor.ledger import Audit, Ledger, explain
+from ray_auditor.outputs import OUTPUTS, write_outputs
+from ray_auditor.report.finding import exit_code_of
 from ray_auditor.roster import Row
 from ray_auditor.store import Unit
 
 Finding = tuple[str, str, str]  # candidate, suite, content
-OUTPUTS = ("summary.json", "findings.parquet", "report.html")
 STANDS = "conclusion"  # the fact that holds what the last conclusion was drawn from
 # Parts of a store that a conclusion reads by key, which says what is in them, or not at all.
 KEYED = {"shards", "residuals", "commits", "suites", "tmp"}
@@ -105,19 +106,17 @@ class Conclusion:
 
     def repeat(self, whys: Mapping[str, str]) -> int:
         """Say in the summary that nothing is new; returns the exit code."""
-        path = Path(self.config.out_dir) / OUTPUTS[0]
-        summary: dict[str, Any] = json.loads(path.read_bytes())
+        out_dir = Path(self.config.out_dir)
+        summary: dict[str, Any] = json.loads((out_dir / "summary.json").read_bytes())
         for candidate in summary["candidates"]:
             candidate["why"] = whys[candidate["id"]]
-        for flag in summary["flags"]:
-            flag["new"] = False
-        if self.config.flag.only_new and summary["exit_code"] == 1:
-            summary["exit_code"] = 0
+        for finding in (*summary["flags"], *(row for row in summary["candidates"] if "new" in row)):
+            finding["new"] = False
+        mark_acknowledged(summary, read_acknowledgements(out_dir))
+        summary["exit_code"] = exit_code_of(summary)
         summary["generated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        data = json.dumps(summary, indent=1, allow_nan=False).encode()
-        put_file(path, data, temp=self.root / "tmp", replace=True)
+        exit_code: int = write_outputs(summary, out_dir)["exit_code"]
         self.keep()
-        exit_code: int = summary["exit_code"]
         return exit_code
 
     def _stamp(self) -> str:

@@ -1,4 +1,4 @@
-"""The verbs `report` and `show`: read a finished `out_dir` again, without a GPU, torch or Ray."""
+"""The verbs that read a finished `out_dir` again, without a GPU, torch or Ray."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,109 @@ from typing import Any
 
 from rich.console import Console
 
+from ray_auditor.acknowledgement import (
+    acknowledge,
+    append_acknowledgements,
+    mark_acknowledged,
+    read_acknowledgements,
+)
 from ray_auditor.config import AuditConfig
+from ray_auditor.lease import Lease, LeaseHeld
+from ray_auditor.outputs import write_outputs
+from ray_auditor.reading_config import Format
+from ray_auditor.report.candidate import MISFIT
+from ray_auditor.report.comparison import compare, print_comparison
 from ray_auditor.report.dossier import print_candidate
-from ray_auditor.report.html import write_html
-from ray_auditor.report.terminal import print_summary
+from ray_auditor.report.finding import exit_code_of, list_findings
+from ray_auditor.report.terminal import print_acknowledged, print_summary
 
 REQUIRED = {"candidates", "counts", "exit_code", "flags", "settings"}
 
 
 def write_report(config: AuditConfig) -> int:
-    """Print the summary of `out_dir` and write its `report.html` again.
+    """Print the summary of `out_dir` and write every output again, with what is acknowledged by now.
 
     Returns:
-        The exit code the sweep gave.
+        The exit code that the sweep would give.
 
     Raises:
         ValueError: There is no summary.
     """
     out_dir = Path(config.out_dir)
-    summary = read_summary(out_dir)
-    write_html(summary, out_dir / "report.html")
+    summary = _write_again(out_dir)
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return int(summary["exit_code"])
+
+
+def run_ack(config: AuditConfig) -> int:
+    """Acknowledge a candidate's findings, or, when no candidate is given, print what stands of every finding.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: There is no summary, or no such finding, or a setting is missing.
+    """
+    out_dir, given = Path(config.out_dir), config.ack
+    findings = list(list_findings(read_summary(out_dir)))
+    console = Console(soft_wrap=True)
+    if given.candidate is not None:
+        suites = [one.suite for one in findings if one.candidate == given.candidate]
+        found = [
+            one
+            for one in findings
+            if one.candidate == given.candidate and given.suite in (None, one.suite or MISFIT)
+        ]
+        if not found:
+            bound = "a candidate with a finding" if not suites else f"one of {suites}"
+            name, value = ("candidate", given.candidate) if not suites else ("suite", given.suite)
+            raise ValueError(f"ack.{name} must be {bound}, got {value!r}; say ray-auditor ack out_dir=DIR")
+        append_acknowledgements(
+            out_dir,
+            [acknowledge(one, who=given.who, why=given.why, until=given.until) for one in found],
+        )
+        try:
+            with Lease(out_dir):
+                summary = _write_again(out_dir)
+        except LeaseHeld:
+            console.print("kept; a sweep runs here, and the next report will show it")
+            return 0
+    else:
+        summary = read_summary(out_dir)
+        mark_acknowledged(summary, read_acknowledgements(out_dir))
+    print_acknowledged(summary, console)
+    return 0
+
+
+def run_diff(config: AuditConfig) -> int:
+    """Print how a finished sweep differs from an earlier one.
+
+    Returns:
+        0 when no finding is new or changed and no result was lost, 1 otherwise.
+
+    Raises:
+        ValueError: A sweep is not given or not there, or they cannot be compared.
+    """
+    given = config.diff
+    for name, path in (("before", given.before), ("after", given.after)):
+        if path is None:
+            raise ValueError(f"diff.{name} must be given, got none; say ray-auditor diff OUT_DIR OUT_DIR")
+    comparison = compare(read_summary(Path(given.before or "")), read_summary(Path(given.after or "")))
+    console = Console()
+    if given.format is Format.json:
+        console.file.write(json.dumps(comparison.to_json(), indent=1, allow_nan=False) + "\n")
+    else:
+        print_comparison(comparison, console)
+    return int(comparison.alerts)
+
+
+def _write_again(out_dir: Path) -> dict[str, Any]:
+    summary = read_summary(out_dir)
+    mark_acknowledged(summary, read_acknowledgements(out_dir))
+    summary["exit_code"] = exit_code_of(summary)
+    return write_outputs(summary, out_dir)
 
 
 def show_candidate(config: AuditConfig) -> int:

@@ -15,13 +15,14 @@ import ray
 from rich.console import Console
 
 from ray_auditor.cluster import cluster
-from ray_auditor.conclusion import EXIT_FAILED, conclude
+from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
 from ray_auditor.hub.remote import SourceError
 from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate, make_plan
+from ray_auditor.report.finding import EXIT_FAILED
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
 from ray_auditor.store import ShardError

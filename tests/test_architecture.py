@@ -11,7 +11,7 @@ MAX_LINES = 320
 
 # Each room may import rooms of its own line and of the lines before it.
 ORDER = (
-    ("config", "candidates_config", "shard", "unit", "conformal", "durable_file"),
+    ("config", "candidates_config", "reading_config", "shard", "unit", "conformal", "durable_file"),
     ("store", "ledger", "lease"),
     ("hub", "reduce"),
     ("sums", "suites", "sae_spec", "sae_fold", "sae", "rates", "features", "weight_change", "roster", "gate"),
@@ -21,6 +21,7 @@ ORDER = (
     ("report",),
     ("engine",),
     ("worker",),
+    ("acknowledgement", "outputs"),
     ("calibration", "intake", "history"),
     ("engine_class",),
     ("plan", "reading"),
@@ -45,6 +46,7 @@ WITHOUT_TORCH = {
     "ledger",
     "lease",
     "candidates_config",
+    "reading_config",
     "shard",
     "durable_file",
     "unit",
@@ -60,6 +62,8 @@ WITHOUT_TORCH = {
     "flag",
     "features",
     "report",
+    "acknowledgement",
+    "outputs",
     "reading",
     "config",
 }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -265,13 +266,24 @@ def test_the_first_position_and_sinks_are_never_scored(hub: Hub) -> None:
 def test_findings_are_the_flags_one_row_each(hub: Hub) -> None:
     found = pq.read_table(hub.out / "findings.parquet").to_pylist()
     assert [
-        {name: row[name] for name in ("candidate", "suite", "score", "rule")} | {"new": True} for row in found
+        {name: row[name] for name in ("candidate", "suite", "score", "rule", "new")}
+        | {"acknowledged": None, "reopened": None}
+        for row in found
     ] == hub.summary["flags"]
+    assert all(row["content_sha256"] and row["unit_key"] for row in found)
     for row in found:
         assert row["difference_rate"] == hub.row(row["candidate"])["suites"][row["suite"]]["difference_rate"]
     assert hub.summary["details"].keys() == {row["candidate"] for row in found}
     assert ("planted", "digits") in {(row["candidate"], row["suite"]) for row in found}
     assert {row["rule"] for row in found} == {"seed_rate_15"}  # too few peers for another
+
+
+def test_the_summary_follows_its_published_schema(hub: Hub) -> None:
+    schema = json.loads((Path(__file__).parent.parent / "docs" / "summary.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(hub.summary)
+    unknown = hub.summary | {"flags": [hub.summary["flags"][0] | {"certainty": 1}]}
+    assert not jsonschema.Draft202012Validator(schema).is_valid(unknown)
 
 
 def test_a_flag_is_followed_down_to_features_and_tokens(hub: Hub) -> None:

@@ -112,6 +112,7 @@ class Flag:
     score: float | None
     rule: str
     new: bool | None
+    acknowledged: Mapping[str, str] | None = None  # who, why, until, at
 
     @property
     def by_rate(self) -> bool:
@@ -196,7 +197,9 @@ def read_flag(row: Mapping[str, Any]) -> Flag:
         ValueError: Its score is not finite.
     """
     score = read_number(row, "score", "flags")
-    return Flag(row["candidate"], row["suite"], score, row.get("rule") or "", row.get("new"))
+    return Flag(
+        row["candidate"], row["suite"], score, row.get("rule") or "", row.get("new"), row.get("acknowledged")
+    )
 
 
 def read_features(suites: Mapping[str, Any], where: str) -> Mapping[str, tuple[Feature, ...]]:

@@ -136,6 +136,10 @@ def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None
             new = ", new" if flag.new else ""
             measure = f", {flag.measure}" if flag.by_rate else ""
             console.print(verbatim(f"▲ {flag.suite}{measure}{new}: {words_of(summary, flag.rule)}"))
+            if said := flag.acknowledged:
+                console.print(
+                    verbatim(f"  acknowledged by {said['who']} until {said['until']}: {said['why']}")
+                )
     _rates(summary, row, names if suite is None else [suite], console)
     if suite is None:
         _ranks(summary, row, console)

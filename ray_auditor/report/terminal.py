@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from ray_auditor.report.finding import list_findings
 from ray_auditor.report.headline import write_headline
 from ray_auditor.report.number import decimal, percent, percent_interval, probability, signed
 from ray_auditor.report.rule import rule_words
@@ -83,12 +84,34 @@ def _flags(summary: Summary, console: Console) -> None:
         name = verbatim(flag.candidate, max_chars=NAME_CHARS)
         if flag.new:
             name.append(" new", "bold red")
+        if flag.acknowledged:
+            name.append(" acknowledged", "dim")
         table.add_row(_mark(True), name, verbatim(flag.suite, max_chars=NAME_CHARS), *cells)
     console.print()
     console.print(table)
     _rows_left(console, ROWS_SHOWN, len(summary.flags))
     for rule in dict.fromkeys(flag.rule for flag in summary.flags):
         console.print(verbatim(f"{rule}: {words_of(summary, rule)}", "dim"))
+
+
+def print_acknowledged(raw: Mapping[str, Any], console: Console) -> None:
+    """Print every finding with its acknowledgement, if one holds, or why the last one does not."""
+    reopened = {row["id"]: row.get("reopened") for row in raw["candidates"]}
+    reopened |= {(flag["candidate"], flag["suite"]): flag.get("reopened") for flag in raw["flags"]}
+    table = table_of("Findings", ("candidate", "suite", "rule", "acknowledged"), ())
+    for one in list_findings(raw):
+        said = one.acknowledged
+        why_not = reopened[one.candidate if one.suite is None else (one.candidate, one.suite)]
+        words = f"no: {why_not}" if why_not else "no"
+        if said is not None:
+            words = f"until {said['until']} by {said['who']}: {said['why']}"
+        table.add_row(
+            verbatim(one.candidate, max_chars=NAME_CHARS),
+            verbatim(one.suite or "", max_chars=NAME_CHARS),
+            verbatim(one.rule, max_chars=NAME_CHARS),
+            verbatim(words, max_chars=400),
+        )
+    console.print(table)
 
 
 def words_of(summary: Summary, rule: str) -> str:

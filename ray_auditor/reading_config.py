@@ -1,0 +1,39 @@
+"""Settings of the verbs that read a finished sweep."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(kw_only=True, slots=True)
+class ShowConfig:
+    """What `show` prints."""
+
+    candidate: str | None = None
+    suite: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class AckConfig:
+    """Which findings `ack` acknowledges, and what it keeps of that."""
+
+    candidate: str | None = None
+    suite: str | None = None  # None: all of the candidate's findings
+    who: str | None = None
+    why: str | None = None
+    until: str | None = None  # the last day, YYYY-MM-DD
+
+
+class Format(StrEnum):
+    """Whom something is printed for. OmegaConf reads enums by member name."""
+
+    terminal = "terminal"
+    json = "json"
+
+
+@dataclass(kw_only=True, slots=True)
+class DiffConfig:
+    """The two finished sweeps that `diff` compares, by their `out_dir`."""
+
+    before: str | None = None
+    after: str | None = None
+    format: Format = Format.terminal

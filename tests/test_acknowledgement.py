@@ -1,0 +1,186 @@
+"""The findings ledger: what is kept, what it closes, what opens it again."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_auditor.__main__ import main
+from ray_auditor.acknowledgement import (
+    FILE,
+    Acknowledgement,
+    append_acknowledgements,
+    mark_acknowledged,
+    read_acknowledgements,
+)
+from ray_auditor.durable_file import append_lines
+from ray_auditor.lease import Lease
+from ray_auditor.outputs import write_outputs
+from ray_auditor.report.finding import exit_code_of
+from tests.report.made_sweep import make_summary
+
+TODAY = date(2026, 11, 23)
+
+
+def ack(**changes: Any) -> Acknowledgement:
+    usual = {
+        "candidate": "a/b", "content": "0" * 64, "suite": "sql", "rule": "robust_z", "who": "ada",
+        "why": "ours", "until": "2026-11-23", "at": "2026-11-20T00:00:00+00:00",
+    }  # fmt: skip
+    return Acknowledgement(**(usual | changes))
+
+
+@pytest.fixture
+def swept(tmp_path: Path) -> Path:
+    """A finished sweep with four flags and a misfit."""
+    summary = make_summary()
+    for at, row in enumerate(summary["candidates"]):
+        row["content_sha256"] = f"{at:064x}"
+        row["status"] = "rejected" if row["status"] == "failed" else row["status"]
+    summary["counts"] = {}
+    write_outputs(summary | {"exit_code": exit_code_of(summary)}, tmp_path)
+    return tmp_path
+
+
+def summary_of(out_dir: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((out_dir / "summary.json").read_text())
+    return summary
+
+
+def test_a_kill_at_any_byte_loses_that_line_alone(tmp_path: Path) -> None:
+    first, second = ack(why="first\nline"), ack(why="ü" * 50)
+    append_acknowledgements(tmp_path, [first])
+    kept = (tmp_path / FILE).read_bytes()
+    append_acknowledgements(tmp_path, [second])
+    whole = (tmp_path / FILE).read_bytes()
+    for stop in range(len(kept), len(whole)):
+        (tmp_path / FILE).write_bytes(whole[:stop])
+        assert read_acknowledgements(tmp_path) == [first]
+        append_acknowledgements(tmp_path, [second])
+        assert (tmp_path / FILE).read_bytes() == whole
+    assert read_acknowledgements(tmp_path) == [first, second]
+
+
+def _append_many(path: Path, name: str) -> None:
+    for number in range(50):
+        append_lines(path, f"{name} {number} {'x' * 500}\n".encode())
+
+
+def test_writers_take_turns(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(tmp_path / "f", name)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    lines = (tmp_path / "f").read_text().splitlines()
+    for name in "abc":
+        mine = [line for line in lines if line.startswith(name)]
+        assert mine == [f"{name} {number} {'x' * 500}" for number in range(50)]
+    assert len(lines) == 150
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "null", "{", '{"until": 3}'])
+def test_a_line_that_is_not_ours_is_named(tmp_path: Path, line: str) -> None:
+    append_acknowledgements(tmp_path, [ack()])
+    append_lines(tmp_path / FILE, f"{line}\n".encode())
+    with pytest.raises(ValueError, match=f"{FILE}:2 must be an acknowledgement of ours"):
+        read_acknowledgements(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reopened", "holds"),
+    [
+        ([], None, False),
+        ([ack()], None, True),
+        ([ack(rule="above_null")], None, True),  # a surer rule was acknowledged, a less sure one found
+        ([ack(rule="seed_rate_15")], "surer rule", False),
+        ([ack(until="2026-11-22")], "expired", False),
+        ([ack(content="1" * 64)], "changed weights", False),
+        ([ack(), ack(content="1" * 64)], None, True),  # other weights in between change nothing
+        (
+            [ack(), ack(until="2026-01-01")],
+            "expired",
+            False,
+        ),  # the latest counts: this is how one is withdrawn
+        ([ack(candidate="c/d")], None, False),  # the same weights under a name nobody looked at
+        ([ack(suite="maths")], None, False),
+        ([ack(suite=None)], None, False),
+    ],
+)
+def test_what_closes_a_finding_and_what_opens_it_again(
+    given: list[Acknowledgement], reopened: str | None, holds: bool
+) -> None:
+    row = {"id": "a/b", "status": "flagged", "content_sha256": "0" * 64, "suites": {}}
+    flag: dict[str, Any] = {"candidate": "a/b", "suite": "sql", "rule": "robust_z", "score": 4.0, "new": True}
+    summary: dict[str, Any] = {"candidates": [row], "flags": [flag]}
+    mark_acknowledged(summary, given, TODAY)
+    assert flag["reopened"] == reopened
+    assert (flag["acknowledged"] is not None) is holds
+    assert exit_code_of(summary) == (0 if holds else 1)
+
+
+def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = summary_of(swept)["flags"]
+    said = ["ack.who=ada@example.org", "ack.why=we trained it: see #3, 'quoted'", "ack.until=2099-01-31"]
+    assert main(["report", f"out_dir={swept}"]) == 1
+    for flag in flags:
+        assert main(["ack", flag["candidate"], f"out_dir={swept}", *said]) == 0
+        assert main(["ack", flag["candidate"], f"out_dir={swept}", *said]) == 0
+    capsys.readouterr()
+    now = summary_of(swept)
+    assert {flag["acknowledged"]["why"] for flag in now["flags"]} == {"we trained it: see #3, 'quoted'"}
+    assert now["exit_code"] == 1  # the misfit is open
+    assert main(["ack", "moved-too-far", f"out_dir={swept}", "ack.suite=sae_misfit", *said]) == 0
+    assert main(["report", f"out_dir={swept}"]) == summary_of(swept)["exit_code"] == 0
+    assert "acknowledged" in capsys.readouterr().out
+    (run,) = json.loads((swept / "findings.sarif").read_text())["runs"]
+    assert all(result["suppressions"] for result in run["results"])
+    assert 'failures="0" errors="0"' in (swept / "junit.xml").read_text()
+    assert f"Acknowledged: {len(flags) + 1} of {len(flags) + 1}" in (swept / "findings.md").read_text()
+    assert main(["show", flags[0]["candidate"], f"out_dir={swept}"]) == 0
+    assert "acknowledged by ada@example.org until 2099-01-31" in capsys.readouterr().out
+    assert main(["ack", f"out_dir={swept}"]) == 0
+    assert capsys.readouterr().out.count("until 2099-01-31 by") == len(flags) + 1
+    withdrawn = [*said[:2], "ack.until=2000-01-01"]
+    assert main(["ack", flags[0]["candidate"], f"out_dir={swept}", *withdrawn]) == 0
+    assert "no: expired" in capsys.readouterr().out
+    assert main(["report", f"out_dir={swept}"]) == 1
+
+
+def test_while_a_sweep_runs_an_acknowledgement_waits_for_its_report(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (swept / "summary.json").read_bytes()
+    name = summary_of(swept)["flags"][0]["candidate"]
+    with Lease(swept):
+        said = ["ack.who=a", "ack.why=b", "ack.until=2099-01-31"]
+        assert main(["ack", name, f"out_dir={swept}", *said]) == 0
+    assert "the next report will show it" in capsys.readouterr().out
+    assert (swept / "summary.json").read_bytes() == before
+    assert [one.candidate for one in read_acknowledgements(swept)] == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nobody", "ack.who=a", "ack.why=b", "ack.until=2099-01-31"], "ack.candidate must be a candidate"),
+        (["FLAGGED", "ack.suite=nowhere"], "ack.suite must be one of"),
+        (["FLAGGED", "ack.why=b", "ack.until=2099-01-31"], "ack.who must be given"),
+        (["FLAGGED", "ack.who=a", "ack.why=' '", "ack.until=2099-01-31"], "ack.why must be given"),
+        (["FLAGGED", "ack.who=a", "ack.why=b", "ack.until=soon"], "ack.until must be a day"),
+    ],
+)
+def test_what_is_missing_is_named_and_nothing_is_kept(
+    swept: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    name: Callable[[str], str] = lambda word: word.replace(  # noqa: E731
+        "FLAGGED", summary_of(swept)["flags"][0]["candidate"]
+    )
+    assert main(["ack", *map(name, words), f"out_dir={swept}"]) == 4
+    assert f"error: {said}" in capsys.readouterr().err
+    assert not (swept / FILE).exists()
