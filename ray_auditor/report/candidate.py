@@ -14,7 +14,7 @@ NOT_AUDITED = (MISFIT, "rejected", "skipped", "failed", "deferred")
 STATUSES = AUDITED + NOT_AUDITED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SuiteRate:
     """One candidate on one suite; means are per token, None is undetermined.
 
@@ -58,7 +58,7 @@ class Feature:
     examples: tuple[Example, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One listed candidate, audited or not.
 
@@ -142,8 +142,8 @@ def read_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
         ValueError: It is neither; a NaN that reaches the report is a fault upstream and is named.
     """
     value = row.get(key)
-    if value is None:
-        return None
+    if value is None or (type(value) is float and math.isfinite(value)):
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}.{key} must be a finite number or null, got {value!r}; write null")
     return float(value)
@@ -153,7 +153,7 @@ RATE_KEYS = tuple(field.name for field in fields(SuiteRate) if field.name != "to
 
 
 def _rate(row: Mapping[str, Any], where: str) -> SuiteRate:
-    return SuiteRate(int(row.get("tokens") or 0), *(read_number(row, key, where) for key in RATE_KEYS))
+    return SuiteRate(int(row.get("tokens") or 0), *[read_number(row, key, where) for key in RATE_KEYS])
 
 
 def read_candidate(row: Mapping[str, Any]) -> Candidate:

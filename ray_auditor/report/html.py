@@ -1,17 +1,20 @@
-"""The report as one self-contained HTML file: no request, no script, nothing from a stranger unescaped."""
+"""The report as one self-contained HTML file: no request, no script but its own, strangers' text escaped."""
 
 import base64
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ray_auditor.report import figure, number
-from ray_auditor.report.candidate import MISFIT, NOT_AUDITED, Candidate, Example, Flag, SuiteRate
+from ray_auditor.report import coverage, figure, number
+from ray_auditor.report.alike import cluster
+from ray_auditor.report.candidate import NOT_AUDITED, Example
+from ray_auditor.report.columns import make_columns, pack_columns
 from ray_auditor.report.headline import write_headline
 from ray_auditor.report.printable import printable
 from ray_auditor.report.ranks import Ranking
@@ -19,9 +22,8 @@ from ray_auditor.report.rule import rule_words
 from ray_auditor.report.strip import draw_strip
 from ray_auditor.report.summary import Summary, read_summary
 
-ROWS_SHOWN = 500
-CELLS_SHOWN = 4000  # of candidates by suites, in the map, the panels and the rates
-SECTIONS_SHOWN = 50
+PAGE_BYTES = 4_950_000
+DATA_BYTES = 3_600_000  # of them, for every candidate's row
 TOKENS_SHOWN = 80
 TOKEN_CHARS = 40
 PROSE_CHARS = 4000
@@ -65,6 +67,11 @@ def _window(example: Example) -> list[tuple[str, int | None, bool]]:
     ]
 
 
+def _digest(text: str) -> str:
+    """As a content security policy names an inline style or script."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 def _environment() -> Environment:
     room = Path(__file__).parent
     environment = Environment(
@@ -76,8 +83,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     style = (room / "report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    environment.globals.update(style=style, style_hash=digest, figure=figure, window=_window)
+    script = "".join((room / name).read_text(encoding="utf-8") for name in ("figures.js", "map.js"))
+    environment.globals.update(
+        style=style,
+        style_hash=_digest(style),
+        script=script,
+        script_hash=_digest(script),
+        figure=figure,
+        window=_window,
+    )
     environment.filters.update(
         anchor=anchor,
         prose=lambda text: Prose(printable(text, PROSE_CHARS)),
@@ -95,116 +109,107 @@ def _environment() -> Environment:
     return environment
 
 
-def _stages(summary: Summary) -> list[tuple[str, int, str]]:
-    """The funnel: stage, candidates that reached it, and what was lost on the way to it."""
-    counts = summary.counts
+@dataclass(frozen=True)
+class Bounds:
+    """How much of what grows with a sweep is written out; the packed candidates are beside it."""
 
-    def lost(*statuses: str) -> str:
-        return ", ".join(f"{counts[status]:,} {status}" for status in statuses if counts[status])
+    rows: int = 500
+    cells: int = 4000  # of candidates by suites, in the map, the panels and the rates
+    sections: int = 50
 
-    listed, audited = len(summary.candidates), len(summary.audited)
-    admitted = listed - counts["rejected"] - counts["skipped"]
-    return [
-        ("listed", listed, ""),
-        ("admitted", admitted, lost("rejected", "skipped")),
-        ("audited", audited, lost(MISFIT, "failed", "deferred")),
-        ("flagged", counts["flagged"], ""),
-    ]
+    def smaller(self) -> "Bounds":
+        """The next ones to try."""
+        return Bounds(self.rows // 2, self.cells // 2, self.sections // 2)
 
 
-def _floors(summary: Summary) -> list[tuple[str, float | None, float | None, float | None]]:
-    """Per suite: the base against itself, and the smallest and largest mean shift of a candidate."""
-    rows = []
-    for suite, floor in sorted(summary.noise_floor.items()):
-        rates = (row.suites.get(suite) for row in summary.audited)
-        shifts = [rate.shift for rate in rates if rate is not None and rate.shift is not None]
-        rows.append((suite, floor, min(shifts, default=None), max(shifts, default=None)))
-    return rows
-
-
-def _flags_of(summary: Summary) -> dict[str, list[Flag]]:
-    found: dict[str, list[Flag]] = {}
-    for flag in summary.flags:
-        found.setdefault(flag.candidate, []).append(flag)
-    return found
-
-
-def _misfits(summary: Summary) -> list[tuple[Candidate, SuiteRate | None, str, SuiteRate | None]]:
-    """Per candidate that the SAE does not fit: the general suite, and where it fits worst beside the base."""
-    rows = []
-    for row in summary.misfits[:ROWS_SHOWN]:
-        ratios = {
-            name: rate.fvu / rate.base_fvu for name, rate in row.suites.items() if rate.fvu and rate.base_fvu
-        }
-        worst = max(ratios, key=lambda name: (ratios[name], name), default="")
-        rows.append((row, row.suites.get(summary.general), worst, row.suites.get(worst)))
-    return rows
+BOUNDS = Bounds()
 
 
 def render_html(raw: Mapping[str, Any]) -> str:
-    """Render a sweep's summary as one HTML document.
+    """Render a sweep's summary as one HTML document of at most `PAGE_BYTES`.
 
     Args:
         raw: The content of `summary.json`, `details` included when features that moved are to be shown.
 
     Returns:
-        A document that needs nothing but itself and opens under a content security policy without scripts.
+        A document that needs nothing but itself and opens under a content security policy that names its one
+        script by hash.
 
     Raises:
         ValueError: The summary contradicts itself; see `read_summary`.
     """
-    summary = read_summary(raw)
-    rows_shown = min(ROWS_SHOWN, CELLS_SHOWN // max(len(summary.suites), 1))
-    shown = summary.audited[:rows_shown]
-    x, y, panels = figure.draw_panels(summary, shown)
-    flagged = [(flag, summary.by_id[flag.candidate].suites.get(flag.suite)) for flag in summary.flags]
+    summary, bounds = read_summary(raw), BOUNDS
+    places, suites = cluster(summary.audited, summary.suites)
+    packed = None
+    if summary.has_z:
+        anchors = {row.id: anchor(row.id) for row in summary.detailed[: bounds.sections]}
+        columns = make_columns(summary, suites)
+        packed = pack_columns(summary, columns, places=places, anchors=anchors, max_bytes=DATA_BYTES)
+    template = _environment().get_template("template.html.j2")
+    whole = _whole(summary) | {"map_suites": suites, "packed": packed}
+    page = template.render(whole | _bounded(summary, bounds))
+    while len(page.encode()) > PAGE_BYTES and bounds.rows:
+        bounds = bounds.smaller()
+        page = template.render(whole | _bounded(summary, bounds))
+    return page
+
+
+def _whole(summary: Summary) -> dict[str, Any]:
+    """What the template needs whatever the bounds are."""
     level, min_z = summary.setting("flag.level"), summary.setting("flag.min_z")
-    in_sections = dict.fromkeys([*(flag.candidate for flag in summary.flags), *summary.details])
-    every_section = [row for name in in_sections if (row := summary.by_id.get(name)) and row.audited]
-    sections = every_section[:SECTIONS_SHOWN]
-    return (
-        _environment()
-        .get_template("template.html.j2")
-        .render(
-            summary=summary,
-            headline=write_headline(summary),
-            stages=_stages(summary),
-            not_audited=summary.not_audited[:ROWS_SHOWN],
-            statuses=NOT_AUDITED,
-            num_flags_shown=min(len(flagged), ROWS_SHOWN),
-            flag_groups=[
-                (rule, list(group))
-                for rule, group in groupby(flagged[:ROWS_SHOWN], key=lambda pair: pair[0].rule)
-            ],
-            rules={
-                rule: rule_words(rule, num_null=len(summary.null_scores), level=level, min_z=min_z)
-                for rule in dict.fromkeys(flag.rule for flag in summary.flags)
-            },
-            strip=draw_strip(summary),
-            null_scores=sorted(summary.null_scores.items(), key=lambda one: (-one[1], one[0]))[:ROWS_SHOWN],
-            ranking=Ranking(summary.audited),
-            flags_of=_flags_of(summary),
-            flag_scale=figure.rate_scale((rate for _, rate in flagged if rate), 6, figure.INTERVAL_WIDTH - 6),
-            shown=shown,
-            shift_scale=x,
-            rate_scale=y,
-            panels=panels,
-            sections=sections,
-            num_sections=len(every_section),
-            section_scale=figure.rate_scale(
-                (rate for row in sections for rate in row.suites.values()), 6, figure.INTERVAL_WIDTH - 6
-            ),
-            section_ids={row.id for row in sections},
-            min_rate=summary.setting("flag.min_rate"),
-            min_z=min_z,
-            level=level,
-            confidence=summary.setting("flag.confidence"),
-            floors=_floors(summary),
-            misfits=_misfits(summary),
-            settings=list(_flat(summary.settings)),
-            versions=list(_flat(summary.versions)),
-        )
+    flag_rates = (
+        rate for flag in summary.flags if (rate := summary.by_id[flag.candidate].suites.get(flag.suite))
     )
+    return {
+        "summary": summary,
+        "headline": write_headline(summary),
+        "stages": coverage.stages(summary),
+        "since": coverage.since_last(summary),
+        "statuses": NOT_AUDITED,
+        "rules": {
+            rule: rule_words(rule, num_null=len(summary.null_scores), level=level, min_z=min_z)
+            for rule in dict.fromkeys(flag.rule for flag in summary.flags)
+        },
+        "strip": draw_strip(summary),
+        "ranking": Ranking(summary.audited),
+        "flags_of": coverage.flags_of(summary),
+        "flag_scale": figure.rate_scale(flag_rates, 6, figure.INTERVAL_WIDTH - 6),
+        "min_rate": summary.setting("flag.min_rate"),
+        "min_z": min_z,
+        "level": level,
+        "confidence": summary.setting("flag.confidence"),
+        "floors": coverage.floors(summary),
+        "settings": list(_flat(summary.settings)),
+        "versions": list(_flat(summary.versions)),
+    }
+
+
+def _bounded(summary: Summary, bounds: Bounds) -> dict[str, Any]:
+    """What the template needs of candidates and flags, cut to the bounds."""
+    shown = summary.audited[: min(bounds.rows, bounds.cells // max(len(summary.suites), 1))]
+    x, y, panels = figure.draw_panels(summary, shown)
+    flagged = [
+        (flag, summary.by_id[flag.candidate].suites.get(flag.suite)) for flag in summary.flags[: bounds.rows]
+    ]
+    sections = summary.detailed[: bounds.sections]
+    section_rates = (rate for row in sections for rate in row.suites.values())
+    nulls = sorted(summary.null_scores.items(), key=lambda one: (-one[1], one[0]))
+    return {
+        "shown": shown,
+        "not_audited": summary.not_audited[: bounds.rows],
+        "num_flags_shown": len(flagged),
+        "flag_groups": [
+            (rule, list(group)) for rule, group in groupby(flagged, key=lambda pair: pair[0].rule)
+        ],
+        "null_scores": nulls[: bounds.rows],
+        "shift_scale": x,
+        "rate_scale": y,
+        "panels": panels,
+        "sections": sections,
+        "section_scale": figure.rate_scale(section_rates, 6, figure.INTERVAL_WIDTH - 6),
+        "section_ids": {row.id for row in sections},
+        "misfits": coverage.misfits(summary, bounds.rows),
+    }
 
 
 def write_html(raw: Mapping[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ def signed(value: float | None, digits: int = 1) -> str:
         text = f"{value:+.1e}"
     else:
         text = f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.{digits}f}"
-    if not any(digit in text for digit in "123456789"):
+    if not text.strip("+-0.,"):
         text = text[1:]
     return text.replace("-", MINUS)
 

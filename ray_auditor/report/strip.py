@@ -83,12 +83,14 @@ def fit_scores(null: Sequence[float], others: Sequence[float]) -> Scale:
     return Scale(low, high, START, END, tuple(ticks), is_log=True)
 
 
-def _levels(xs: Iterable[float]) -> list[int]:
-    """The lowest level for each position, ascending, at which it touches no earlier one."""
+def _levels(xs: Iterable[float]) -> list[int] | None:
+    """The lowest level for each position, ascending, at which it touches no earlier one; None if too many."""
     last: list[float] = []
     levels = []
     for x in xs:
         level = next((at for at, end in enumerate(last) if x - end >= DOT_WIDTH), len(last))
+        if level == MAX_LEVELS:
+            return None
         last[level : level + 1] = [x]
         levels.append(level)
     return levels
@@ -99,9 +101,8 @@ def _swarm(label: str, scores: Sequence[tuple[str, float]], scale: Scale, top: i
     xs = [scale.at(score) for _, score in ordered]
     levels = _levels(xs)
     body = top + LABEL_HEIGHT
-    num_levels = max(levels, default=0) + 1
-    if num_levels <= MAX_LEVELS:
-        foot = body + num_levels * DOT_HEIGHT
+    if levels is not None:
+        foot = body + (max(levels, default=0) + 1) * DOT_HEIGHT
         dots = tuple(
             (x, foot - level * DOT_HEIGHT - DOT_HEIGHT // 2, name, score)
             for x, level, (name, score) in zip(xs, levels, ordered, strict=True)

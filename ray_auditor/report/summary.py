@@ -102,6 +102,12 @@ class Summary:
         return {candidate.id: candidate for candidate in self.candidates}
 
     @cached_property
+    def detailed(self) -> tuple[Candidate, ...]:
+        """Candidates that have a section of their own, in the order of their flags."""
+        names = dict.fromkeys([*(flag.candidate for flag in self.flags), *self.details])
+        return tuple(row for name in names if (row := self.by_id.get(name)) and row.audited)
+
+    @cached_property
     def flagged_cells(self) -> frozenset[tuple[str, str]]:
         """The (candidate, suite) pairs that carry a flag."""
         return frozenset((flag.candidate, flag.suite) for flag in self.flags)

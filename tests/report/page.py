@@ -12,9 +12,21 @@ Scheme = Literal["light", "dark"]
 
 
 @contextmanager
-def opened(browser: Browser, path: Path, width: int = 1280, scheme: Scheme = "light") -> Iterator[Page]:
+def opened(
+    browser: Browser,
+    path: Path,
+    width: int = 1280,
+    scheme: Scheme = "light",
+    script: bool = True,
+    fragment: str = "",
+) -> Iterator[Page]:
     """A page whose every request and console message is collected; nothing but the file may be asked for."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,
+        offline=True,
+        java_script_enabled=script,
+    )
     page = context.new_page()
     said: list[str] = []
     asked: list[str] = []
@@ -22,8 +34,10 @@ def opened(browser: Browser, path: Path, width: int = 1280, scheme: Scheme = "li
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
+    page.goto(path.as_uri() + fragment)
+    if script and page.locator("#candidate-data").count():
+        page.locator("#map .controls").wait_for()
     yield page
     assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert [url.split("#")[0] for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
     context.close()

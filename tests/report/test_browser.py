@@ -44,7 +44,7 @@ def test_hostile_text_runs_nothing_and_pushes_nothing_aside(
         with opened(browser, path, width) as page:
             page.evaluate(UNFOLD)
             assert page.evaluate("document.documentElement.scrollWidth") == width
-            assert page.evaluate("document.scripts.length + document.images.length") == 0
+            assert page.evaluate("[document.scripts.length, document.images.length]") == [2, 0]
             shown = page.locator("table.map tbody").first.locator("tr th bdi").all_inner_texts()
             assert "<script>alert(1)</script>" in shown
             assert "invoice<U+202E>gpj.exe" in shown
@@ -106,4 +106,4 @@ def test_a_thousand_candidates_open_quickly(
     assert path.stat().st_size < 5_000_000
     with opened(browser, path) as page:
         assert page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") < 5000
-        assert page.locator("table.map tr[data-candidate]").count() == 500 + 4
+        assert 30 < page.locator("table.map tr[data-candidate]").count() < 200, "those in view, and some more"

@@ -15,10 +15,12 @@ from ray_auditor.report.summary import read_summary
 from tests.report.page import opened
 
 
-def test_every_number_equals_the_summary(browser: Browser, report: Path, summary: dict[str, Any]) -> None:
+@pytest.mark.parametrize("script", [True, False])
+def test_every_number_equals_the_summary(
+    browser: Browser, report: Path, summary: dict[str, Any], script: bool
+) -> None:
     rows = {row["id"]: row for row in summary["candidates"]}
-    suites = read_summary(summary).suites
-    with opened(browser, report) as page:
+    with opened(browser, report, script=script) as page:
         drawn = page.locator("table.flags tr[data-candidate]").evaluate_all(
             """rows => rows.map(row => [row.dataset.candidate, row.dataset.suite,
                  ...['.score', '.score small', '.p', '.q', '.rate'].map(
@@ -37,25 +39,32 @@ def test_every_number_equals_the_summary(browser: Browser, report: Path, summary
         assert {new for *_, new in drawn} == {True, False}
         said = page.locator("table.flags .rule-row").all_inner_texts()
         assert said == ["null_q called at a false discovery rate of 5% against 70 benign finetunes."]
+        assert page.locator(".controls").count() == script
+        names = page.locator("table.map thead th").all_inner_texts()
+        suites = names[5:]
         cells = page.locator("table.map tbody tr").evaluate_all(
             """rows => rows.map(row => [row.dataset.candidate, [...row.querySelectorAll('td')].map(cell => [
                  cell.querySelector('data') ? Number(cell.querySelector('data').value) : null,
                  cell.innerText.replace(/▲|flagged:/g, '').trim(), cell.classList.contains('flagged')])])"""
         )
-    assert {name for name, _ in cells} == set(rows)
+    assert names[:5] == ["Candidate", "Score", "p", "q", "General shift of 32"]
+    assert sorted(suites) == list(read_summary(summary).suites)
+    assert [name for name, _ in cells] == [row.id for row in read_summary(summary).candidates]
     flagged = {(flag["candidate"], flag["suite"]) for flag in summary["flags"]}
     for name, row_cells in cells:
         row = rows[name]
         if row["status"] not in ("ok", "flagged"):
-            assert row_cells == [[None, f"not audited: {row['status']}", False]]
+            assert row_cells == [[None, f"not audited: {row['status']}; {row['reason']}", False]]
             continue
         shift = row["suites"]["general"]["shift"]
-        expected = [[row["score"], signed(row["score"]), False], [row["p"], probability(row["p"]), False]]
+        expected = [[row["score"], signed(row["score"]), False]]
+        expected += [[row[name], probability(row[name]), False] for name in ("p", "q")]
         expected += [[shift, f"{shift:.2f}", False]]
         for suite in suites:
             z = row["suites"][suite]["z"]
             expected.append([z, signed(z), (name, suite) in flagged])
-        assert row_cells == expected
+        assert [text for _, *text in row_cells] == [text for _, *text in expected]
+        assert script or row_cells == expected, "the numbers in full"
 
 
 def test_without_a_null_there_is_no_p_and_no_picture(

@@ -69,7 +69,7 @@ def test_the_flags_table_draws_rates_and_intervals_on_one_scale(summary: dict[st
     rates = [read.by_id[flag.candidate].suites[flag.suite or ""] for flag in read.flags]
     scale = figure.rate_scale(rates, 6, figure.INTERVAL_WIDTH - 6)
     source = render_html(summary)
-    table = source[source.index('<table class="flags">') :].split("</table>")[0]
+    table = source[source.index('<table class="flags"') :].split("</table>")[0]
     bands = re.findall(r'class="band" x1="([\d.]+)" x2="([\d.]+)"', table)
     estimates = re.findall(r'class="estimate" x1="([\d.]+)"', table)
     rules = re.findall(r'class="rule" x1="([\d.]+)"', table)

@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -41,7 +43,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.texts.append(data)
 
     @property
@@ -99,7 +101,7 @@ def test_every_refusal_is_named_with_its_reason(summary: dict[str, Any]) -> None
 
 def test_the_page_asks_for_nothing(summary: dict[str, Any]) -> None:
     page = Page(render_html(summary))
-    assert not page.tags & {"script", "img", "iframe", "object", "embed", "form", "base", "use", "image"}
+    assert not page.tags & {"img", "iframe", "object", "embed", "form", "base", "use", "image"}
     for name, value in page.attributes:
         assert name not in {"src", "srcset", "style", "action", "xlink:href"}
         assert not name.startswith("on")
@@ -107,8 +109,19 @@ def test_the_page_asks_for_nothing(summary: dict[str, Any]) -> None:
     policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy
-    assert "script-src" not in policy
     assert page.open == []
+
+
+def test_the_one_script_is_the_one_that_the_policy_names(summary: dict[str, Any]) -> None:
+    source = render_html(summary)
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in source
+    (data,) = re.findall(r'<script type="text/plain" id="candidate-data">([^<]*)</script>', source)
+    assert re.fullmatch(r"[A-Za-z0-9+/]+=*", data), "nothing that a parser could take for markup"
+    assert source.count("<script") == 2
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
+        assert word not in script
 
 
 def test_every_link_inside_the_page_has_its_target(summary: dict[str, Any]) -> None:
@@ -127,7 +140,8 @@ def test_text_from_strangers_stays_text(hostile: dict[str, Any], summary: dict[s
     page = Page(source)
     assert page.tags <= Page(render_html(summary)).tags, "a stranger's string made an element"
     assert source.count("<h1>") == 1
-    assert not page.tags & {"script", "img"}
+    assert source.count("<script") == 2, "the page's own, and its data"
+    assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.open == []
     assert "1337" not in source, "a template was evaluated"
@@ -197,7 +211,7 @@ def test_undetermined_is_said_and_never_drawn_as_zero(without_null: dict[str, An
 
 
 def test_long_sweeps_are_cut_and_say_so(summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "ROWS_SHOWN", 2)
+    monkeypatch.setattr(html, "BOUNDS", html.Bounds(rows=2))
     text = Page(render_html(summary)).text
     for total, what in ((11, "audited candidates"), (4, "flags"), (4, "candidates without a result")):
         assert f"2 of {total} {what} are shown" in text
@@ -207,8 +221,7 @@ def test_long_sweeps_are_cut_and_say_so(summary: dict[str, Any], monkeypatch: py
 def test_what_grows_with_candidates_times_suites_is_bounded(
     summary: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(html, "CELLS_SHOWN", 21)
-    monkeypatch.setattr(html, "SECTIONS_SHOWN", 3)
+    monkeypatch.setattr(html, "BOUNDS", html.Bounds(cells=21, sections=3))
     source = render_html(summary)
     page = Page(source)
     assert "3 of 11 audited candidates are shown" in page.text
