@@ -14,8 +14,11 @@ from ray_auditor.report.html import render_html
 from ray_auditor.report.junit import render_junit
 from ray_auditor.report.markdown import render_markdown
 from ray_auditor.report.sarif import render_sarif
+from ray_auditor.tables import candidates_table, rates_table, to_ipc
 
 OUTPUTS = (
+    "candidates.arrow",
+    "rates.arrow",
     "findings.parquet",
     "findings.sarif",
     "junit.xml",
@@ -66,6 +69,8 @@ def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
     data = json.dumps(summary, indent=1, allow_nan=False)
     read_back: dict[str, Any] = json.loads(data)  # what a reader sees is what every output shows
     rendered = {
+        "candidates.arrow": to_ipc(candidates_table(read_back)),
+        "rates.arrow": to_ipc(rates_table(read_back)),
         "findings.parquet": _parquet(findings_table(read_back)),
         "findings.sarif": render_sarif(read_back).encode(),
         "junit.xml": render_junit(read_back),

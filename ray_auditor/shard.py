@@ -6,7 +6,9 @@ written here, metadata included, and never an Arrow extension type.
 
 # Shape suffixes: N scored tokens, K = kept features.
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 2
 MAX_BATCH_ROWS = 65_536  # a reader can skip within a shard
+Bytes = bytes | mmap.mmap
 
 
 class ShardError(ValueError):
@@ -190,7 +193,7 @@ def encode_shard(rows: TokenRows, *, d_sae: int, metadata: Mapping[str, str]) ->
     return write_ipc(pa.Table.from_arrays(columns, schema=schema))
 
 
-def decode_shard(data: bytes, *, k: int, d_sae: int, metadata: Mapping[str, str], path: Path) -> TokenRows:
+def decode_shard(data: Bytes, *, k: int, d_sae: int, metadata: Mapping[str, str], path: Path) -> TokenRows:
     """Rows of `encode_shard`'s bytes; ShardError, naming `path`, when they are of any other schema."""
     table = read_ipc(data, shard_schema(k, d_sae, metadata), path)
     N = table.num_rows
@@ -198,10 +201,7 @@ def decode_shard(data: bytes, *, k: int, d_sae: int, metadata: Mapping[str, str]
     start = 0
     for batch in table.to_batches():
         stop = start + batch.num_rows
-        delta_NK = _values(batch.column("top_idx_delta")).reshape(-1, k)
-        np.cumsum(delta_NK, axis=1, dtype=np.int32, out=idx_NK[start:stop])
-        num_active_N = batch.column("num_active").to_numpy()
-        idx_NK[start:stop][np.arange(k) >= num_active_N[:, None]] = -1
+        idx_NK[start:stop] = _indices(batch, k)
         acts_NK[start:stop] = _values(batch.column("top_acts")).reshape(-1, k)
         start = stop
     suite, prompt, position = (table.column(name).to_numpy() for name in ("suite", "prompt", "position"))
@@ -219,13 +219,71 @@ def write_ipc(table: Any) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read_ipc(data: bytes, schema: Any, path: Path) -> Any:
+def scan_shard(data: Bytes, *, k: int, d_sae: int, metadata: Mapping[str, str], path: Path) -> Any:
+    """The same rows batch by batch, as Arrow: a batch is decompressed when it is asked for, and not before.
+
+    Args:
+        data: `encode_shard`'s bytes, mapped or read.
+        k: The unit's.
+        d_sae: The same.
+        metadata: The same.
+        path: Named in errors.
+
+    Returns:
+        pa.RecordBatchReader: The shard's columns, with `top_idx` (fixed list of int32, -1 where inactive) in
+        place of `num_active` and `top_idx_delta`; all other columns are the shard's own buffers.
+
+    Raises:
+        ShardError: It is of any other schema, at once, or a batch is damaged, when it is asked for.
+    """
+    schema = shard_schema(k, d_sae, metadata)
+    reader = open_ipc(data, schema, path)
+    index = pa.field("top_idx", pa.list_(pa.field("item", pa.int32(), nullable=False), k), nullable=False)
+    kept = [name for name in schema.names if name not in ("num_active", "top_idx_delta")]
+    fields = [schema.field(name) for name in kept]
+    fields.insert(kept.index("top_acts"), index)
+    decoded = pa.schema(fields, metadata=schema.metadata)
+
+    def batches() -> Iterator[Any]:
+        for number in range(reader.num_record_batches):
+            with _whole(path):
+                batch = reader.get_batch(number)
+                batch.validate(full=True)
+            columns = {name: batch.column(name) for name in kept}
+            flat = pa.array(_indices(batch, k).ravel())
+            columns["top_idx"] = pa.FixedSizeListArray.from_arrays(flat, type=index.type)
+            yield pa.RecordBatch.from_arrays([columns[name] for name in decoded.names], schema=decoded)
+
+    return pa.RecordBatchReader.from_batches(decoded, batches())
+
+
+def read_ipc(data: Bytes, schema: Any, path: Path) -> Any:
     """The table in `data` when its schema is exactly `schema`; ShardError, naming `path`, otherwise."""
-    # before pyarrow parses: loading an extension type may run code that its author chose
-    if b"ARROW:extension" in data:
-        raise ShardError(f"{path} declares an Arrow extension type, so it is not a file of ours; delete it")
+    reader = open_ipc(data, schema, path)
+    with _whole(path):
+        table = reader.read_all()
+        table.validate(full=True)
+    return table
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Damage that pyarrow meets, as a ShardError that names `path`."""
     try:
-        reader = pa.ipc.open_file(pa.BufferReader(data))
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(
+            f"{path} is not a whole Arrow file ({error}); delete it and run the sweep again"
+        ) from error
+
+
+def open_ipc(data: Bytes, schema: Any, path: Path) -> Any:
+    """A reader of the batches in `data` when their schema is exactly `schema`; ShardError otherwise."""
+    # before pyarrow parses: loading an extension type may run code that its author chose
+    if data.find(b"ARROW:extension") >= 0:
+        raise ShardError(f"{path} declares an Arrow extension type, so it is not a file of ours; delete it")
+    with _whole(path):
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data)))
         found = reader.schema
         if not found.equals(schema, check_metadata=True):
             version = (found.metadata or {}).get(b"schema_version", b"none").decode(errors="replace")
@@ -233,13 +291,14 @@ def read_ipc(data: bytes, schema: Any, path: Path) -> Any:
                 f"{path} is not of this release's schema {SCHEMA_VERSION} (it says version {version}, fields "
                 f"{found.names}); use the release that wrote it, or delete it and run the sweep again"
             )
-        table = reader.read_all()
-        table.validate(full=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(
-            f"{path} is not a whole Arrow file ({error}); delete it and run the sweep again"
-        ) from error
-    return table
+    return reader
+
+
+def _indices(batch: Any, k: int) -> npt.NDArray[np.int32]:
+    delta_NK = _values(batch.column("top_idx_delta")).reshape(-1, k)
+    idx_NK = np.cumsum(delta_NK, axis=1, dtype=np.int32)
+    idx_NK[np.arange(k) >= batch.column("num_active").to_numpy()[:, None]] = -1
+    return idx_NK
 
 
 def _values(column: Any) -> npt.NDArray[Any]:

@@ -14,6 +14,7 @@ any moment leaves a unit absent or whole.
 """
 
 import hashlib
+import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,14 @@ import pyarrow as pa
 from ray_auditor.durable_file import put_file, remove_if_stale
 from ray_auditor.shard import (
     SCHEMA_VERSION,
+    Bytes,
     SchemaVersionError,
     ShardError,
     TokenRows,
     decode_shard,
     encode_shard,
     read_ipc,
+    scan_shard,
     write_ipc,
 )
 from ray_auditor.unit import Commit, NondeterminismError, Unit
@@ -79,9 +82,11 @@ def _suites_schema(suites_key: str) -> Any:
 class Store:
     """The units of one output folder. Any number of processes may open and write the same root."""
 
-    def __init__(self, root: Path) -> None:
-        """Open or create the store, and remove what killed writers left in `tmp/`."""
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """Open or create the store, and remove what killed writers left in `tmp/`; or change nothing."""
         self.root = Path(root)
+        if read_only:
+            return
         for name in ("shards", "residuals", "commits", "suites", "tmp"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for path in (self.root / "tmp").iterdir():
@@ -168,6 +173,19 @@ class Store:
         shard = self._read_shard(commit)
         return decode_shard(shard, k=unit.k, d_sae=unit.d_sae, metadata=unit.metadata(), path=path)
 
+    def scan_rows(self, unit_key: str) -> Any:
+        """Map the unit's shard and give its batches as `scan_shard` does; raises as `read_rows`."""
+        commit = self.read_commit(unit_key)
+        unit = Unit(**commit.unit)
+        path = self.root / "shards" / commit.shard_name
+        return scan_shard(
+            self._read_shard(commit, mapped=True),
+            k=unit.k,
+            d_sae=unit.d_sae,
+            metadata=unit.metadata(),
+            path=path,
+        )
+
     def read_residuals(self, unit_key: str) -> npt.NDArray[np.uint8]:
         """Map the bytes that were committed beside the unit; processes share the pages they do not write.
 
@@ -228,13 +246,16 @@ class Store:
 
     def read_suites(self, suites_key: str) -> list[SuitePrompt]:
         """The prompts in written order; KeyError when absent, ShardError when not of this schema."""
+        return [SuitePrompt(**row) for row in self.suites_table(suites_key).to_pylist()]
+
+    def suites_table(self, suites_key: str) -> Any:
+        """The same as an Arrow table, a row a prompt."""
         path = self._suites_path(suites_key)
         if not path.is_file():
             raise KeyError(f"suites {suites_key} are not in {self.root}")
-        table = read_ipc(path.read_bytes(), _suites_schema(suites_key), path)
-        return [SuitePrompt(**row) for row in table.to_pylist()]
+        return read_ipc(path.read_bytes(), _suites_schema(suites_key), path)
 
-    def _read_shard(self, commit: Commit) -> bytes:
+    def _read_shard(self, commit: Commit, *, mapped: bool = False) -> Bytes:
         """The bytes the commit speaks of; ShardError when they are not there."""
         path = self.root / "shards" / commit.shard_name
         remedy = "run the sweep again: it computes the unit again"
@@ -243,7 +264,8 @@ class Store:
         num_bytes = path.stat().st_size
         if num_bytes != commit.num_bytes:
             raise ShardError(f"{path} has {num_bytes} bytes, its commit says {commit.num_bytes}; {remedy}")
-        shard = path.read_bytes()
+        with path.open("rb") as file:
+            shard: Bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
         sha256 = hashlib.sha256(shard).hexdigest()
         if sha256 != commit.shard_sha256:
             raise ShardError(f"{path} has sha256 {sha256}, its commit says {commit.shard_sha256}; {remedy}")

@@ -21,7 +21,7 @@ ORDER = (
     ("report",),
     ("engine",),
     ("worker",),
-    ("acknowledgement", "outputs"),
+    ("acknowledgement", "tables", "outputs", "reader"),
     ("calibration", "intake", "history"),
     ("engine_class",),
     ("plan", "reading"),
@@ -64,6 +64,8 @@ WITHOUT_TORCH = {
     "report",
     "acknowledgement",
     "outputs",
+    "tables",
+    "reader",
     "reading",
     "config",
 }
