@@ -15,8 +15,8 @@ from rich.console import Console
 from ray_auditor import __version__
 from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.calibration import Calibration
+from ray_auditor.details import describe_flags
 from ray_auditor.engine_class import engine_version
-from ray_auditor.features import describe_features, moved_features
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
 from ray_auditor.gate import MISFIT
 from ray_auditor.history import History, content_of
@@ -28,8 +28,6 @@ from ray_auditor.report.finding import exit_code_of
 from ray_auditor.report.terminal import print_summary
 from ray_auditor.standing import Standing
 from ray_auditor.store import TokenRows
-
-MAX_DETAILED = 200  # flags whose moved features are kept in the summary
 
 
 def conclude(plan: Plan, failures: Failures) -> int:
@@ -87,7 +85,7 @@ def conclude(plan: Plan, failures: Failures) -> int:
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if reduced.base is not None:
-        summary["details"] = _details(plan, reduced.base, population)
+        summary |= describe_flags(plan, reduced.base, population.flags)
     mark_acknowledged(summary, read_acknowledgements(out_dir))
     summary["exit_code"] = exit_code_of(summary)
     summary = write_outputs(summary, out_dir)
@@ -119,6 +117,7 @@ def _candidate(plan: Plan, row: Row, status: Status, population: Population, mis
         "joint_p": standing.joint_p,
         "suite": standing.suite,
         "rivals": _rivals(plan, row) if measured else None,
+        "proof": _record(plan, row).get("proof") if measured else None,
         "unit_key": row.unit.key if row.unit else None,
         "content_sha256": content_of(row),
         "declared_base": row.declared_base,
@@ -128,9 +127,14 @@ def _candidate(plan: Plan, row: Row, status: Status, population: Population, mis
 
 def _rivals(plan: Plan, row: Row) -> dict[str, Any]:
     """What a cheap look at weights and residuals says of the same candidate."""
-    assert row.unit is not None, f"{row.id} was measured and has no unit"
-    record = plan.store.read_record(row.unit.key)
+    record = _record(plan, row)
     return {**record.get("weights", {}), "mean_difference": record.get("mean_difference", {})}
+
+
+def _record(plan: Plan, row: Row) -> dict[str, Any]:
+    assert row.unit is not None, f"{row.id} was measured and has no unit"
+    record: dict[str, Any] = plan.store.read_record(row.unit.key)
+    return record
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
@@ -164,22 +168,6 @@ def _calibration(calibration: Calibration | None, k: int) -> dict[str, Any] | No
             for one in calibration.variants
         ],
     }
-
-
-def _details(plan: Plan, base: TokenRows, population: Population) -> dict[str, Any]:
-    """The features that moved, for the strongest flags, by candidate and suite."""
-    unit_of = {row.id: row.unit for row in plan.candidates}
-    prompts = plan.store.read_suites(plan.suites.key)
-    details: dict[str, dict[str, Any]] = {}
-    for flag in population.flags[:MAX_DETAILED]:
-        unit = unit_of[flag.candidate]
-        assert unit is not None, f"{flag.candidate} is flagged and has no unit"
-        rows = plan.store.read_rows(unit.key)
-        number = plan.suites.names.index(flag.suite)
-        of_suite = [prompt for prompt in prompts if prompt.suite_id == number]
-        moved = describe_features(moved_features(base, rows, number, 0), base, rows, of_suite)
-        details.setdefault(flag.candidate, {})[flag.suite] = {"features": moved}
-    return details
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class SaeConfig:
     hook_name: str | None = None
     k: int = 32
     max_fvu: float | None = None  # of the base, in place of the gate's own bound
+    explanations: str | None = None  # folder of Neuronpedia exports, <model>/<source>/explanations/
 
     def __post_init__(self) -> None:
         _require("sae.k", 1 <= self.k <= MAX_K, f"in [1, {MAX_K}]", self.k, "choose how many to keep")

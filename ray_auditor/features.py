@@ -13,6 +13,8 @@ from ray_auditor.reduce import match_features
 from ray_auditor.shard import TokenRows
 from ray_auditor.store import SuitePrompt
 
+SIDE_FEATURES = 8  # of a token, base and candidate beside each other
+
 
 @dataclass(frozen=True)
 class MovedFeature:
@@ -115,7 +117,7 @@ def describe_features(
     by_number = {prompt.prompt: prompt for prompt in prompts}
     records = []
     for one in moved:
-        examples = []
+        examples: list[dict[str, Any]] = []
         for number, position in one.examples:
             prompt = by_number[number]
             overlaps = [-1] * len(prompt.token_ids)
@@ -123,14 +125,16 @@ def describe_features(
                 overlaps[at] = overlap
             first = max(0, position - num_context)
             window = slice(first, position + num_context + 1)
-            examples.append(
-                {
-                    "prompt": number,
-                    "tokens": list(prompt.token_texts[window]),
-                    "overlaps": overlaps[window],
-                    "focus": position - first,
-                }
-            )
+            example = {
+                "prompt": number,
+                "tokens": list(prompt.token_texts[window]),
+                "overlaps": overlaps[window],
+                "focus": position - first,
+            }
+            if not examples:
+                place = (prompt.suite_id, number, position)
+                example["sides"] = {"base": _largest(base, place), "candidate": _largest(cand, place)}
+            examples.append(example)
         record = {name: value for name, value in vars(one).items() if name != "examples"}
         records.append(record | {"examples": examples})
     return records
@@ -173,6 +177,17 @@ def _top_tokens(
             break
         best.setdefault(int(rows.prompt_N[at]), int(rows.position_N[at]))
     return tuple(best.items())
+
+
+def _largest(rows: TokenRows, place: tuple[int, int, int]) -> list[tuple[int, float]]:
+    """(feature, activation) of one token, largest activation first, at most `SIDE_FEATURES`."""
+    suite, prompt, position = place
+    (row,) = np.flatnonzero(
+        (rows.suite_N == suite) & (rows.prompt_N == prompt) & (rows.position_N == position)
+    )
+    idx_K, acts_K = rows.top_idx_NK[row], rows.top_acts_NK[row]
+    order = [at for at in np.argsort(-np.abs(acts_K), kind="stable") if idx_K[at] >= 0]
+    return [(int(idx_K[at]), float(acts_K[at])) for at in order[:SIDE_FEATURES]]
 
 
 def _overlaps(base: TokenRows, cand: TokenRows, suite: int, prompt: int) -> list[tuple[int, int]]:

@@ -78,8 +78,11 @@ def test_records_are_what_the_report_reads(pair):
     prompts = [SuitePrompt(1, "sea", number, "", [0, 1, 2, 3], TOKENS, content) for number in range(20)]
     moved = moved_features(base, cand, suite=1, general=0, num_examples=1)
     records = describe_features(moved, base, cand, prompts, num_context=2)
-    assert records[0]["examples"] == [{"prompt": 0, "tokens": TOKENS, "overlaps": [-1, 2, 1, 1], "focus": 2}]
-    assert records[1]["examples"] == [{"prompt": 14, "tokens": TOKENS[1:], "overlaps": [2, 1, 1], "focus": 2}]
+    fell, rose = (record["examples"] for record in records)
+    sides = {"base": [(7, 2.0), (5, 1.0)], "candidate": [(5, 1.0), (9, 0.5)]}  # largest first, at the focus
+    assert fell == [{"prompt": 0, "tokens": TOKENS, "overlaps": [-1, 2, 1, 1], "focus": 2, "sides": sides}]
+    sides = {"base": [(5, 1.0)], "candidate": [(11, 15.0), (5, 1.0), (9, 0.5)]}
+    assert rose == [{"prompt": 14, "tokens": TOKENS[1:], "overlaps": [2, 1, 1], "focus": 2, "sides": sides}]
     candidate = {"id": "c", "status": "ok", "suites": {}}
     summary = read_summary({"candidates": [candidate], "details": {"c": {"sea": {"features": records}}}})
     assert [one.feature for one in summary.details["c"]["sea"]] == [7, 11]

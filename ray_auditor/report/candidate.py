@@ -1,7 +1,7 @@
 """One candidate of a sweep's summary as typed values, and how they are read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -35,14 +35,22 @@ class SuiteRate:
     base_fvu: float | None = None
 
 
+Side = tuple[tuple[int, float], ...]  # (feature, activation) of one token, largest activation first
+
+
 @dataclass(frozen=True)
 class Example:
-    """A stretch of a prompt; `overlaps` counts kept features shared with the base, None where not scored."""
+    """A stretch of a prompt; `overlaps` counts kept features shared with the base, None where not scored.
+
+    `base_side` and `candidate_side` are what each keeps at the focus; empty where that was not recorded.
+    """
 
     prompt: str
     tokens: tuple[str, ...]
     overlaps: tuple[int | None, ...]
     focus: int | None
+    base_side: Side = ()
+    candidate_side: Side = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Feature:
     rate_base: float | None
     rate_candidate: float | None
     delta: float | None
+    general_delta: float | None
     mean_act_base: float | None
     mean_act_candidate: float | None
     examples: tuple[Example, ...]
@@ -63,8 +72,8 @@ class Candidate:
     """One listed candidate, audited or not.
 
     `suite` is where it strays most, `joint_p` is of all suites together; `why` says what is new about it
-    since the last sweep. `relative_change`, `spectral_share` and `mean_difference` (by suite) are what looks
-    without an SAE say.
+    since the last sweep, `proof` how its weights were shown to be the ones that ran. `relative_change`,
+    `spectral_share` and `mean_difference` (by suite) are what looks without an SAE say.
     """
 
     id: str
@@ -78,6 +87,7 @@ class Candidate:
     q: float | None
     joint_p: float | None
     why: str | None
+    proof: str | None
     relative_change: float | None
     spectral_share: float | None
     mean_difference: Mapping[str, float | None]
@@ -179,6 +189,7 @@ def read_candidate(row: Mapping[str, Any]) -> Candidate:
         q=read_number(row, "q", where),
         joint_p=read_number(row, "joint_p", where),
         why=row.get("why"),
+        proof=row.get("proof"),
         relative_change=read_number(rivals, "relative_change", f"{where}.rivals"),
         spectral_share=read_number(rivals, "spectral_share", f"{where}.rivals"),
         mean_difference={
@@ -220,6 +231,7 @@ def _feature(row: Mapping[str, Any], where: str) -> Feature:
         rate_base=read_number(row, "rate_base", where),
         rate_candidate=read_number(row, "rate_candidate", where),
         delta=read_number(row, "delta", where),
+        general_delta=read_number(row, "general_delta", where),
         mean_act_base=read_number(row, "mean_act_base", where),
         mean_act_candidate=read_number(row, "mean_act_candidate", where),
         examples=tuple(_example(one, where) for one in row.get("examples", ())),
@@ -233,4 +245,12 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
         raise ValueError(
             f"{where}: an example has {len(tokens)} tokens, {len(overlaps)} overlaps; match them"
         )
-    return Example(str(row["prompt"]), tokens, overlaps, row.get("focus"))
+    sides = row.get("sides") or {}
+    base, candidate = (_side(sides.get(name, ()), where) for name in ("base", "candidate"))
+    return Example(str(row["prompt"]), tokens, overlaps, row.get("focus"), base, candidate)
+
+
+def _side(rows: Iterable[Sequence[Any]], where: str) -> Side:
+    return tuple(
+        (int(feature), read_number({"act": act}, "act", f"{where}: sides") or 0.0) for feature, act in rows
+    )

@@ -67,6 +67,8 @@ def _facts(summary: Summary, row: Candidate) -> str:
         score += f"; strays most on {row.suite}"
     if row.joint_p is not None:
         score += f"; all suites together p {probability(row.joint_p)} if tails were normal"
+    if row.proof:
+        score += f"; swap proof: {row.proof}"
     return f"{', '.join(parts)}; {score}" + (f"; note: {row.reason}" if row.reason else "")
 
 
@@ -93,6 +95,9 @@ def _moved(summary: Summary, suite: str, features: tuple[Feature, ...], console:
         )
         acts = f"activation {decimal(one.mean_act_base)} -> {decimal(one.mean_act_candidate)}"
         console.print(Text(f"  feature {one.feature}: {rates}, {acts}"))
+        if known := summary.labels.get(one.feature):
+            source = f" ({known.source})" if known.is_explained else ""
+            console.print(verbatim(f"    {known.text}{source}", "dim", NAME_CHARS + 240))
         for example in one.examples:
             most = max((overlap for overlap in example.overlaps if overlap is not None), default=1)
             console.print(_passage(example, summary.k or most))

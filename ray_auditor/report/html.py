@@ -16,6 +16,7 @@ from ray_auditor.report.alike import cluster
 from ray_auditor.report.candidate import NOT_AUDITED, Example
 from ray_auditor.report.columns import make_columns, pack_columns
 from ray_auditor.report.headline import write_headline
+from ray_auditor.report.label import feature_address
 from ray_auditor.report.printable import printable
 from ray_auditor.report.ranks import Ranking
 from ray_auditor.report.rule import rule_words
@@ -27,6 +28,7 @@ DATA_BYTES = 3_600_000  # of them, for every candidate's row
 TOKENS_SHOWN = 80
 TOKEN_CHARS = 40
 PROSE_CHARS = 4000
+DRAWN = str.maketrans({"\n": "⏎", "\t": "⇥"})
 
 
 def _show(value: Any) -> Any:
@@ -51,15 +53,19 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", "none" if value is None else str(value)
 
 
+def _drawn(token: str) -> str:
+    """A token with its line ends and tabs drawn."""
+    return printable(token.translate(DRAWN), TOKEN_CHARS)
+
+
 def _window(example: Example) -> list[tuple[str, int | None, bool]]:
     """Tokens around the focus, as (text, overlap, is focus), with line ends and tabs drawn."""
     focus = -1 if example.focus is None else example.focus
     first = max(0, min(focus - TOKENS_SHOWN // 2, len(example.tokens) - TOKENS_SHOWN))
     stop = min(first + TOKENS_SHOWN, len(example.tokens))
-    drawn = str.maketrans({"\n": "⏎", "\t": "⇥"})
     return [
         (
-            printable(example.tokens[index].translate(drawn), TOKEN_CHARS),
+            _drawn(example.tokens[index]),
             example.overlaps[index],
             index == focus,
         )
@@ -91,9 +97,11 @@ def _environment() -> Environment:
         script_hash=_digest(script),
         figure=figure,
         window=_window,
+        feature_address=feature_address,
     )
     environment.filters.update(
         anchor=anchor,
+        drawn=_drawn,
         prose=lambda text: Prose(printable(text, PROSE_CHARS)),
         signed=number.signed,
         percent=number.percent,

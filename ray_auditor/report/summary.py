@@ -18,6 +18,7 @@ from ray_auditor.report.candidate import (
     read_flag,
     read_number,
 )
+from ray_auditor.report.label import Label, read_labels
 from ray_auditor.report.rule import rule_order
 
 
@@ -73,6 +74,7 @@ class Summary:
     versions: Mapping[str, Any]
     limits: tuple[str, ...]
     details: Mapping[str, Mapping[str, tuple[Feature, ...]]]
+    labels: Mapping[int, Label]
     generated_at: str
 
     @cached_property
@@ -252,6 +254,7 @@ def read_summary(raw: Mapping[str, Any]) -> Summary:
         versions=raw.get("versions") or {},
         limits=tuple(str(limit) for limit in raw.get("limits", ())),
         details={name: read_features(suites, f"details[{name!r}]") for name, suites in details.items()},
+        labels=read_labels(raw.get("labels") or {}),
         generated_at=str(raw.get("generated_at") or ""),
     )
     _check(summary, raw.get("counts") or {})

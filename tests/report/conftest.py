@@ -84,6 +84,7 @@ def hostile() -> dict[str, Any]:
             "p": 0.1,
             "q": 0.1,
             "why": everything,
+            "proof": everything,
             "rivals": {
                 "relative_change": 0.1,
                 "mean_difference": {everything: 0.2, **dict.fromkeys(HOSTILE, 0.1)},
@@ -114,7 +115,14 @@ def hostile() -> dict[str, Any]:
         }
         for text in HOSTILE
     ]
+    sides = {"base": [[5, 1.0], [6, 0.5]], "candidate": [[6, 1.0]]}
     example = {"prompt": everything, "tokens": list(HOSTILE), "overlaps": [3] * len(HOSTILE), "focus": 1}
+    example["sides"] = sides
+    passage = {"suite": everything, "prompt": everything, "tokens": list(HOSTILE), "focus": 2, "act": 1.0}
+    labels = {
+        "5": {"text": everything, "source": "suites", "prompts": [passage], "base_rate": 0.1},
+        "6": {"text": HOSTILE[0], "source": "neuronpedia", "by": everything, "base_rate": 0.1},
+    }
     feature = {"feature": 5, "rate_base": 0.1, "rate_candidate": 0.2, "delta": 0.1, "examples": [example]}
     return {
         "candidates": audited + refused + misfits,
@@ -123,8 +131,13 @@ def hostile() -> dict[str, Any]:
             for text, suite in zip(HOSTILE, reversed(HOSTILE), strict=True)
         ],
         "details": {text: {everything: {"features": [feature]}} for text in HOSTILE},
+        "labels": labels,
         "noise_floor": dict.fromkeys(HOSTILE, 0.1),
-        "settings": {"base": {"model": everything}, **{text: {text: text} for text in HOSTILE}},
+        "settings": {
+            "neuronpedia_id": everything,
+            "base": {"model": everything},
+            **{text: {text: text} for text in HOSTILE},
+        },
         "versions": {text: text for text in HOSTILE},
         "null": {"scores": {f"null/{text}": 0.5 for text in HOSTILE}, "num_listed": len(HOSTILE)},
         "calibration": {

@@ -35,6 +35,8 @@ NOT_AUDITED = {
     "broken-upload": ("failed", "failed:swap_proof: residuals did not change after the adapter was loaded"),
 }
 
+LABELLED = 977  # a feature that an export explains
+NEURONPEDIA_ID = "made-135m/15-res-16k"
 
 PASSAGE = (
     "The| court| shall|,| upon| motion|,| grant| relief|\n|Where| the| party| of| the| first| part| so|."
@@ -60,18 +62,39 @@ def _features(rng: random.Random) -> list[dict[str, Any]]:
             }
             for number in range(2)
         ]
+        feature = rng.randrange(16384)
+        examples[0]["sides"] = {
+            "base": [[feature, 3.25], [LABELLED, 1.5]],
+            "candidate": [[LABELLED, 2.5], [12, 0.25], [13, 0.125]],
+        }
         rows.append(
             {
-                "feature": rng.randrange(16384),
+                "feature": feature,
                 "rate_base": base,
                 "rate_candidate": moved,
                 "delta": (moved - base) * (-1 if index == 2 else 1),
+                "general_delta": 0.001 * index,
                 "mean_act_base": 1.2 * rng.random(),
                 "mean_act_candidate": None if index == 1 else 3 + rng.random(),
                 "examples": examples,
             }
         )
     return rows
+
+
+def _labels(details: dict[str, Any]) -> dict[str, Any]:
+    passage = {"suite": "legal", "prompt": 4, "tokens": [" the", " court", "\n"], "focus": 1, "act": 4.5}
+    moved = [one for suites in details.values() for cell in suites.values() for one in cell["features"]]
+    labels = {
+        str(one["feature"]): {
+            "text": f"fires on “ court {one['feature']}”", "source": "suites", "by": None,
+            "base_rate": 0.0125, "prompts": [passage],
+            "tokens": [{"text": " court", "count": 3, "mean_act": 4.0}],
+        }
+        for one in moved
+    }  # fmt: skip
+    told = {"text": "courts & judges", "source": "neuronpedia", "by": "gpt-4o-mini", "base_rate": 0.25}
+    return labels | {str(LABELLED): told | {"tokens": []}}
 
 
 def _candidate(rng: random.Random, name: str, fragility: dict[str, float]) -> dict[str, Any]:
@@ -98,6 +121,7 @@ def _candidate(rng: random.Random, name: str, fragility: dict[str, float]) -> di
     return {
         "id": name, "kind": kind, "status": "ok", "reason": None, "score": None, "score_low": None,
         "suite": None, "p": None, "q": None, "rivals": rivals, "suites": suites,
+        "proof": "210 tensors on the device by checksum against the file",
         "why": "unchanged" if name.startswith("smol") else "new",
     }  # fmt: skip
 
@@ -160,6 +184,7 @@ def make_summary(num_null: int = 70) -> dict[str, Any]:
     candidates = rows + [_unaudited(name) for name in NOT_AUDITED]
     statuses = [row["status"] for row in candidates]
     suites = ("general", *TASKS)
+    details = {flag["candidate"]: {flag["suite"]: {"features": _features(rng)}} for flag in flags}
     variants = [
         {"name": name, "what": what, "same_engine_class": same, "reason": reason, "shift": {
             suite: size * (1 + rng.random()) for suite in suites if reason is None}}
@@ -177,13 +202,15 @@ def make_summary(num_null: int = 70) -> dict[str, Any]:
         "null": {"units": {}, "scores": null, "num_listed": num_null},
         "candidates": candidates,
         "flags": flags,
-        "details": {flag["candidate"]: {flag["suite"]: {"features": _features(rng)}} for flag in flags},
+        "details": details,
+        "labels": _labels(details),
         "settings": {
             "base": {"model": "models/SmolLM2-135M-Instruct"},
             "sae": {"path": "sae/L15", "k": K, "release": None},
             "suites": {"path": "suites", "general": "general", "max_prompts": 512},
             "flag": {"level": 0.05, "min_rate": 0.15, "min_z": 3.0, "confidence": 0.95},
             "hook_name": "blocks.15.hook_resid_post",
+            "neuronpedia_id": NEURONPEDIA_ID,
         },
         "versions": {"ray-auditor": "0.1.0", "torch": "2.13.0", "vllm": "0.32.0"},
         "generated_at": "2026-11-22T06:12:44Z",

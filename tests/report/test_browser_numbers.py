@@ -7,11 +7,13 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Locator
 
+from ray_auditor.report.columns import ABSENT
 from ray_auditor.report.html import write_html
-from ray_auditor.report.number import decimal, probability, signed
+from ray_auditor.report.number import MINUS, decimal, probability, signed
 from ray_auditor.report.summary import read_summary
+from tests.report.made_sweep import LABELLED, NEURONPEDIA_ID
 from tests.report.page import opened
 
 
@@ -219,3 +221,72 @@ def test_the_instrument_says_what_counts_as_noise_and_what_the_sae_was_held_to(
         assert [one.split() for one in misfits] == [
             ["moved-too-far", "0.612", "0.187", "sql", "0.701", "0.200"]
         ]
+
+
+def test_a_feature_is_followed_from_its_change_to_its_tokens(
+    browser: Browser, report: Path, summary: dict[str, Any]
+) -> None:
+    (features,) = (cell["features"] for cell in summary["details"]["helpful-chat-v3"].values())
+    keys = ("delta", "general_delta", "rate_base", "rate_candidate", "mean_act_base", "mean_act_candidate")
+    with opened(browser, report) as page:
+        article = page.locator("article", has=page.get_by_role("heading", name="helpful-chat-v3"))
+        shown = article.locator("table.features tbody tr").evaluate_all(
+            """rows => rows.map(row => [row.querySelector('th a').href, row.querySelector('.label').innerText,
+                 ...[...row.querySelectorAll('td:not(.label)')].map(
+                    cell => cell.querySelector('data') ? Number(cell.querySelector('data').value) : null)])"""
+        )
+        assert shown == [
+            [
+                f"https://www.neuronpedia.org/{NEURONPEDIA_ID}/{one['feature']}",
+                summary["labels"][str(one["feature"])]["text"],
+                *(one[key] for key in keys),
+            ]
+            for one in features
+        ]
+        assert [text[0] for _, _, text in _signs(article)] == ["+", "+", MINUS]
+        sides = article.locator("table.sides").first
+        cells = sides.locator("tbody tr").evaluate_all(
+            "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+        )
+        own, told = str(features[0]["feature"]), "courts & judges explained by gpt-4o-mini"
+        assert cells == [
+            [own, "3.25", summary["labels"][own]["text"], str(LABELLED), "2.50", told],
+            [str(LABELLED), "1.50", told, "12", "0.25", ABSENT],
+            ["", "", "", "13", "0.12", ABSENT],
+        ]
+        assert sides.locator(".alone").all_inner_texts() == [own, "12", "13"]
+        passage = article.locator("details p.passage", has_text="legal, prompt 4").first
+        assert passage.locator(".token").all_inner_texts() == [" the", " court", "⏎"]
+        assert passage.locator(".focus").inner_text().strip() == "court"
+        facts = article.locator(".facts").all_inner_texts()
+        assert "Swap proof: 210 tensors on the device by checksum against the file." in facts
+        assert "On the base it is kept on 1.2% of all tokens, most strongly here:" in facts
+
+
+def _signs(article: Locator) -> list[tuple[str, str, str]]:
+    found = article.locator("table.features tbody tr").evaluate_all(
+        "rows => rows.map(row => [row.cells[0].innerText, row.cells[1].innerText, row.cells[2].innerText])"
+    )
+    return [tuple(row) for row in found]
+
+
+def test_what_is_new_since_the_last_sweep_is_counted(
+    browser: Browser, report: Path, summary: dict[str, Any]
+) -> None:
+    rows = summary["candidates"]
+    news = {flag["candidate"] for flag in summary["flags"] if flag["new"]}
+    with opened(browser, report) as page:
+        shown = page.locator("table.since tbody tr").evaluate_all(
+            """rows => rows.map(row => [row.cells[0].innerText,
+                 ...[...row.querySelectorAll('data')].map(one => Number(one.value))])"""
+        )
+    assert [why for why, *_ in shown] == ["new", "unchanged"], "what brings news comes first"
+    for why, *counts in shown:
+        of_it = [row for row in rows if row.get("why") == why]
+        assert counts == [
+            len(of_it),
+            sum(row["status"] in ("ok", "flagged") for row in of_it),
+            sum(row["status"] == "flagged" for row in of_it),
+            sum(row["id"] in news for row in of_it),
+        ]
+    assert shown[0][4] == len(news) > 0

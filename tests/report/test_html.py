@@ -13,7 +13,9 @@ from ray_auditor.report.html import render_html, write_html
 from ray_auditor.report.number import percent
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
+from tests.report.made_sweep import NEURONPEDIA_ID
 
+NEURONPEDIA = f"https://www.neuronpedia.org/{NEURONPEDIA_ID}/"
 VOID = {"meta", "link", "br", "img"}
 
 
@@ -105,7 +107,7 @@ def test_the_page_asks_for_nothing(summary: dict[str, Any]) -> None:
     for name, value in page.attributes:
         assert name not in {"src", "srcset", "style", "action", "xlink:href"}
         assert not name.startswith("on")
-        assert name != "href" or value.startswith("#") or value == "data:,"
+        assert name != "href" or value.startswith(("#", NEURONPEDIA)) or value == "data:,"
     policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     assert "unsafe" not in policy
@@ -144,6 +146,7 @@ def test_text_from_strangers_stays_text(hostile: dict[str, Any], summary: dict[s
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.open == []
+    assert "neuronpedia.org" not in source, "an id that is none makes no link"
     assert "1337" not in source, "a template was evaluated"
     for bad in "\x1b\x07\u202e\u2028":
         assert bad not in source

@@ -109,7 +109,7 @@ def test_it_sorts_searches_and_keeps_that_in_the_address(page: Page, sweep: Larg
     smallest = decimal(float(min(sweep.shift[at] for at in order)))
     assert page.locator("table.map .shift").first.inner_text() == smallest
     page.get_by_label("Name holds").fill("LEGAL")
-    page.get_by_label("Status").select_option("flagged")
+    page.get_by_role("combobox", name="Status").select_option("flagged")
     wanted = {sweep.names[at] for at in sweep.flagged if "legal" in sweep.names[at]}
     assert set(names(page)) == wanted
     assert said(page) == f"{len(wanted)} of 100,000 candidates"
@@ -117,8 +117,8 @@ def test_it_sorts_searches_and_keeps_that_in_the_address(page: Page, sweep: Larg
     page.get_by_label("Name holds").fill("no such name")
     assert said(page) == "0 of 100,000 candidates"
     page.get_by_label("Name holds").fill("")
-    page.get_by_label("Status").select_option("")
-    page.get_by_label("Since the last sweep").select_option("new")
+    page.get_by_role("combobox", name="Status").select_option("")
+    page.get_by_role("combobox", name="Since the last sweep").select_option("new")
     new = sum(sweep.audited[at] and at % 50 == 0 for at in range(NUM))
     assert said(page) == f"{new:,} of 100,000 candidates"
 
