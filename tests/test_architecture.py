@@ -22,7 +22,7 @@ ORDER = (
     ("report",),
     ("engine",),
     ("worker",),
-    ("acknowledgement", "outputs"),
+    ("acknowledgement", "tables", "outputs", "reader"),
     ("calibration", "intake", "history"),
     ("engine_class",),
     ("plan", "reading"),
@@ -66,6 +66,8 @@ WITHOUT_TORCH = {
     "report",
     "acknowledgement",
     "outputs",
+    "tables",
+    "reader",
     "reading",
     "config",
 }
