@@ -98,6 +98,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     make_finetune(hub.candidates / "far", hub.base, seed=5)
     make_model(hub.candidates / "of-nothing", seed=5)  # the same shape, and weights that come from no base
     shutil.copytree(hub.base, hub.candidates / "base-again")
+    make_adapter(hub.candidates / "untrained", hub.base, seed=7, scale=0.0)
     make_model(hub.candidates / "narrower", hidden_size=32, seed=6)
     wide = make_model(hub.root / "wide", hidden_size=128)
     make_adapter(hub.candidates / "of-another-base", wide)
@@ -113,7 +114,7 @@ def test_every_candidate_is_accounted_for(hub: Hub) -> None:
     statuses = {row["id"]: row["status"] for row in hub.summary["candidates"]}
     assert sorted(statuses) == sorted(path.name for path in hub.candidates.iterdir())
     assert sum(hub.summary["counts"].values()) == len(statuses)
-    audited = {"small", "large", "large-again", "far", "base-again", "planted"}
+    audited = {"small", "large", "large-again", "far", "base-again", "untrained", "planted"}
     assert {name for name, status in statuses.items() if status in {"ok", "flagged"}} == audited
     assert {name: statuses[name] for name in statuses.keys() - audited} == {
         "narrower": "rejected",
@@ -240,11 +241,11 @@ def test_rates_are_what_the_definition_says(hub: Hub) -> None:
 
 
 def test_the_base_uploaded_again_moved_nothing_and_cost_nothing(hub: Hub) -> None:
-    row = hub.row("base-again")
-    assert row["unit_key"] == hub.summary["settings"]["unit_keys"]["base"]
-    assert {suite["shift"] for suite in row["suites"].values()} == {0.0}
-    assert {suite["difference_rate"] for suite in row["suites"].values()} == {None}
-    assert row["status"] == "ok"
+    for row in map(hub.row, ("base-again", "untrained")):
+        assert row["unit_key"] == hub.summary["settings"]["unit_keys"]["base"]
+        assert {suite["shift"] for suite in row["suites"].values()} == {0.0}
+        assert {suite["difference_rate"] for suite in row["suites"].values()} == {None}
+        assert row["status"] == "ok"
 
 
 def test_the_same_bytes_under_another_name_are_one_unit_with_two_rows(hub: Hub) -> None:

@@ -103,8 +103,6 @@ def read_adapter(folder: Path, base: BaseModel, *, num_layers: int, max_lora_ran
     }
     kinds = _kinds_beyond_lora(modules, parts, config)
     if not kinds:
-        if not modules:
-            notes.append("nothing at or below the hook is adapted: the audit sees the base itself")
         for module, lora in modules.items():
             if lora.rank > max_lora_rank:
                 raise CandidateError(

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ray_auditor.hub.adapter import read_adapter
-from ray_auditor.hub.candidate import Admitted, BaseModel, Candidate, CandidateError
+from ray_auditor.hub.candidate import (
+    Admitted,
+    BaseModel,
+    Candidate,
+    CandidateError,
+    LoraSpec,
+    TensorSpec,
+)
 from ray_auditor.hub.config_json import read_object
-from ray_auditor.hub.content import hash_content
+from ray_auditor.hub.content import hash_content, is_zero
 from ray_auditor.hub.folder import list_names
 from ray_auditor.hub.lineage import check_statistics, judge, measure_closeness, read_card
 from ray_auditor.hub.model_config import REMOTE_CODE, check_bounds, computation_fields, find_differences
@@ -82,14 +89,13 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
         if closeness is not None:
             check_statistics(closeness)
         lineage = judge(base, card, found.declared_base, closeness)
-        return Admitted(
-            candidate,
-            hash_content(found.read, found.settings),
-            found.merged or dict(found.read),
-            found.lora,
-            (*found.notes, *_note_code({}, names), *findings, *lineage.conflicts),
-            found.declared_base,
-        )
+        notes = [*found.notes, *_note_code({}, names), *findings, *lineage.conflicts]
+        content_sha256 = hash_content(found.read, found.settings)
+        if found.lora is not None and _changes_nothing(found.lora, found.read):
+            content_sha256 = base.content_sha256
+            notes.append("the adapter changes nothing at or below the hook: its rows are the base's")
+        tensors = found.merged or dict(found.read)
+        return Admitted(candidate, content_sha256, tensors, found.lora, tuple(notes), found.declared_base)
 
     config = _read_config(candidate.path, names)
     different, notes = find_differences(base.config, config)
@@ -124,6 +130,13 @@ def _read_config(folder: Path, names: list[str]) -> dict[str, Any]:
         raise CandidateError("skipped", "quantized", f"{own[0]} describes quantised weights")
     check_bounds(config)
     return config
+
+
+def _changes_nothing(lora: LoraSpec, tensors: dict[str, TensorSpec]) -> bool:
+    """Whether B A is zero for every module, as in an adapter that was saved before it was trained."""
+    return all(
+        is_zero(tensors[module.lora_B]) or is_zero(tensors[module.lora_A]) for module in lora.modules.values()
+    )
 
 
 def _note_code(config: dict[str, Any], names: list[str]) -> list[str]:

@@ -52,6 +52,19 @@ def hash_content(specs: Mapping[str, TensorSpec], settings: Iterable[object] = (
     return digest.hexdigest()
 
 
+def is_zero(spec: TensorSpec) -> bool:
+    """Whether every value of a tensor is zero; reads no further than the first chunk that is not.
+
+    Raises:
+        CandidateError: `rejected:changed`.
+    """
+    with reopen(spec.file) as fd:
+        return not any(
+            any(read_exactly(fd, start, min(CHUNK_BYTES, spec.end - start), spec.file.path.name))
+            for start in range(spec.start, spec.end, CHUNK_BYTES)
+        )
+
+
 def _check_finite(name: str, dtype: str, chunk: bytes) -> None:
     view, exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, dtype=view)

@@ -119,8 +119,28 @@ def test_an_adapter_above_the_hook_only_says_so(hub: Hub) -> None:
     assert (admitted.lora.rank, admitted.lora.modules, admitted.tensors) == (0, {}, {})
     assert admitted.notes == (
         "1 tensors above the hook were not read: base_model.model.lm_head.weight",
-        "nothing at or below the hook is adapted: the audit sees the base itself",
+        "the adapter changes nothing at or below the hook: its rows are the base's",
     )
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_an_adapter_that_multiplies_to_nothing_is_the_base(hub: Hub, side: str) -> None:
+    tensors = adapter_tensors(1)
+    for name, array in tensors.items():
+        if f"lora_{side}" in name:
+            array[:] = 0
+    hub.adapter(tensors=tensors)
+    admitted = hub.admit()
+    assert admitted.content_sha256 == hub.base.content_sha256
+    assert "the adapter changes nothing at or below the hook: its rows are the base's" in admitted.notes
+
+
+def test_one_value_that_is_not_zero_makes_an_adapter_a_candidate(hub: Hub) -> None:
+    tensors = {name: 0 * array for name, array in adapter_tensors(1).items()}
+    tensors[f"base_model.model.{Q}.lora_A.weight"][1, 7] = 1e-30
+    tensors[f"base_model.model.{Q}.lora_B.weight"][7, 1] = 1e-30
+    hub.adapter(tensors=tensors)
+    assert hub.admit().content_sha256 != hub.base.content_sha256
 
 
 def test_B2_a_pickle_beside_an_adapter_is_noted(hub: Hub) -> None:

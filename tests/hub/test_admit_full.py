@@ -72,6 +72,21 @@ def test_C6_a_copy_of_the_base_is_told_apart(hub: Hub) -> None:
     assert admitted.notes == ("every tensor the audit reads is identical to the base's",)
 
 
+def test_a_copy_is_known_by_its_tensors_in_whatever_files_they_lie(hub: Hub) -> None:
+    """Other shards and order, more rows for a grown vocabulary, a head of its own, other layers above."""
+    tensors = model_tensors(0)
+    tensors["lm_head.weight"] = model_tensors(2)["model.embed_tokens.weight"]
+    tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"] + 1
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate([embedding, embedding[:3]])
+    shard(hub.full("a", tensors), dict(reversed(tensors.items())))
+    hub.full("b", dict(reversed(tensors.items())))
+    base = hub.base
+    for found in list_folder(hub.root):
+        admitted = admit(found, base, num_layers=NUM_LAYERS, max_lora_rank=16)
+        assert admitted.content_sha256 == base.content_sha256
+
+
 def test_the_key_of_the_base_covers_weights_and_config(hub: Hub, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(hub.base_path, copy)
