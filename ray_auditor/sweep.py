@@ -17,6 +17,7 @@ from rich.console import Console
 from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
+from ray_auditor.engine.parameters import SwapError
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
 from ray_auditor.hub.remote import SourceError
@@ -208,7 +209,8 @@ def run_stages(
                 else:
                     ray.kill(flight.worker)
                     idle.append(actor.remote(spec))
-                    if not isinstance(failure, CandidateError) and flight.attempt < config.max_attempts:
+                    is_own_fault = isinstance(failure, CandidateError) and failure.status != "failed"
+                    if not is_own_fault and flight.attempt < config.max_attempts:
                         queue.append((flight.assignment, flight.attempt + 1))
                         continue
                 num_done += 1
@@ -228,13 +230,18 @@ def landed_or_overdue(flying: dict[Any, Flight]) -> list[Any]:
 
 
 def failure_of(reference: Any) -> CandidateError | str | None:
-    """None when the assignment was committed; the quarantine line: whatever went wrong ends here."""
+    """None when the assignment was committed; the quarantine line: whatever went wrong ends here.
+
+    A `CandidateError` that is `failed` is not the candidate's fault but the engine's, worth another try.
+    """
     try:
         ray.get(reference, timeout=0)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, CandidateError):
             return cause
+        if isinstance(cause, SwapError):
+            return CandidateError("failed", "swap_unproven", str(cause).splitlines()[0])
         if isinstance(error, ray.exceptions.GetTimeoutError):
             return "unit_timeout: cluster.unit_timeout_s passed"
         return say(cause or error)

@@ -13,6 +13,7 @@ import ray
 from ray_auditor import sweep
 from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
+from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.sweep import BaseFailed, run_stages
@@ -38,6 +39,8 @@ class Unruly:
             os._exit(1)
         if kind == "hang":
             time.sleep(600)
+        if kind == "unproven" or (kind == "unprovenonce" and attempts == 1):
+            raise SwapError("model.norm on the device has checksum 1, the checkpoint 2")
         if kind == "refuse":
             raise CandidateError("rejected", "changed", "the file changed")
         time.sleep(0.05)
@@ -93,6 +96,16 @@ def test_after_an_error_or_a_refusal_the_engine_is_a_fresh_one(run: Any, tmp_pat
     run([task("raise-1", 3), task("refuse-1", 2), task("fine-1", 1)], num_workers=1, max_attempts=1)
     pids = dict(line.split() for line in (tmp_path / "log").read_text().splitlines())
     assert len({pids["raise-1"], pids["refuse-1"], pids["fine-1"]}) == 3
+
+
+def test_a_swap_that_cannot_be_proven_is_tried_once_more_on_a_fresh_engine(run: Any, tmp_path: Path) -> None:
+    failures, log = run([task("unproven-1", 2), task("unprovenonce-1", 1)], num_workers=1)
+    assert {name: str(error) for name, error in failures.items()} == {
+        "unproven-1": "failed:swap_unproven: model.norm on the device has checksum 1, the checkpoint 2"
+    }
+    assert (log.count("unproven-1"), log.count("unprovenonce-1")) == (2, 2)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len({pid for name, pid in map(str.split, lines) if name == "unproven-1"}) == 2
 
 
 def test_the_largest_goes_first_and_stages_do_not_mix(run: Any) -> None:

@@ -55,8 +55,20 @@ def write_adapter(folder: Path, tensors: AdapterTensors) -> None:
 
 
 @torch.no_grad()
+def clear_slots(model: nn.Module) -> None:
+    """Zero every adapter slot: vLLM forgets an adapter that is removed and leaves its numbers there."""
+    for layer in model.modules():
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            stacked = getattr(layer, name, ())
+            for slot in (stacked,) if isinstance(stacked, Tensor) else stacked:
+                slot.zero_()
+
+
+@torch.no_grad()
 def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, list[str]]) -> None:
     """Hold the engine's only adapter slot to the adapter: its tensors in place, zero everywhere else.
+
+    Without an adapter, to zero everywhere: then no arithmetic could mix a former one into these rows.
 
     Raises:
         SwapError: A slice of the slot differs, or a module of the adapter has no slot.

@@ -20,6 +20,7 @@ from ray_auditor.config import EngineConfig
 from ray_auditor.engine import check_fit, num_layers_of
 from ray_auditor.engine.adapter import (
     AdapterTensors,
+    clear_slots,
     install_one_adapter,
     prove_slot,
     read_adapter,
@@ -123,6 +124,7 @@ class Engine:
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
         if config.eager:
             install_one_adapter(model)
+        clear_slots(model)  # of what vLLM warmed up with
         self._staging = Staging(self._map, config.read_ahead_bytes)
         self._loaded = base.content_sha256
         # vLLM's own loader wrote the base: where its tensors lie now is where candidates are written.
@@ -211,7 +213,7 @@ class Engine:
             watch: Is shown the residuals; tokens are numbered in the order of `prompts`.
 
         Raises:
-            SwapError: The adapter was not in its slot; nothing of this call may be kept.
+            SwapError: The adapter was not in its slot, or one was that should not; keep nothing of this call.
         """
         from vllm import PoolingParams
         from vllm.lora.request import LoRARequest
@@ -232,8 +234,7 @@ class Engine:
             use_tqdm=False,
         )
         table = self._pool.close_table().numpy()
-        if self._adapter:
-            prove_slot(self._model, self._adapter, self._map.packed)
+        prove_slot(self._model, self._adapter or {}, self._map.packed)
         k = self._k
         return [
             PromptFeatures(
@@ -267,5 +268,6 @@ class Engine:
     def _drop_adapter(self) -> None:
         if self._adapter:
             self._llm.llm_engine.remove_lora(self._num_adapters)
+            clear_slots(self._model)
             shutil.rmtree(self._bundle)
         self._adapter = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -224,6 +225,81 @@ def test_an_adapter_that_is_not_in_its_slot_gives_no_result(hub: Path, engine: E
     with pytest.raises(SwapError, match="down_proj"):
         prove_slot(engine._model, engine._adapter, engine._map.packed)
     engine.load(None)
+
+
+def test_an_adapter_that_leaks_adds_nothing_to_what_runs_after_it(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own arithmetic once gave base rows the last slot's adapter; ours is made to do so here."""
+    from ray_auditor.engine.adapter import OneAdapter
+
+    def residuals() -> list[bytes]:
+        return [rows.top_acts_TK.tobytes() for rows in engine.encode(PROMPT)]
+
+    engine.load(None)
+    before = residuals()
+    add = OneAdapter.add_lora_linear
+
+    def leak(self: OneAdapter, *args: object, **kwargs: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(self._wrapper, "no_lora", False)
+            add(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OneAdapter, "add_lora_linear", leak)
+    engine.load(admitted(hub, "adapter", "adapter"))
+    assert residuals() != before
+    engine.load(None)
+    assert residuals() == before
+
+
+@pytest.mark.parametrize("after", [None, "other"])
+def test_an_adapter_that_stays_in_its_slot_gives_no_result(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, after: str | None
+) -> None:
+    from ray_auditor.engine import live
+
+    engine.load(admitted(hub, "adapter", "adapter"))
+    engine.encode(PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "clear_slots", lambda model: None)
+        engine.load(admitted(hub, after, "full") if after else None)
+    with pytest.raises(SwapError, match="slot"):
+        engine.encode(PROMPT)
+    live.clear_slots(engine._model)
+
+
+def test_a_swap_that_did_not_happen_gives_no_result(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is read and summed, and nothing reaches the device."""
+    read_one = Staging._read_one
+
+    def read_only(self: Staging, specs: dict[str, TensorSpec], name: str, target: Tensor) -> Checksum:
+        return read_one(self, specs, name, torch.empty_like(target))
+
+    engine.load(None)
+    monkeypatch.setattr(Staging, "_read_one", read_only)
+    with pytest.raises(SwapError, match="checksum"):
+        engine.load(admitted(hub, "other", "full"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "vocabulary"])
+def test_tensors_other_than_the_admitted_give_no_result(hub: Path, engine: Engine, fault: str) -> None:
+    """As if admission had let them pass."""
+    candidate = admitted(hub, "other", "full")
+    name = "model.embed_tokens.weight" if fault == "vocabulary" else "model.layers.1.mlp.up_proj.weight"
+    tensors = dict(candidate.tensors)
+    spec = tensors.pop(name)
+    assert isinstance(spec, TensorSpec)
+    rows, columns = spec.shape
+    row_bytes = (spec.end - spec.start) // rows
+    if fault == "shape":
+        tensors[name] = replace(spec, shape=(columns, rows))
+    if fault == "vocabulary":
+        tensors[name] = replace(spec, shape=(rows - 64, columns), end=spec.end - 64 * row_bytes)
+    with pytest.raises(SwapError, match=name):
+        engine.load(replace(candidate, content_sha256=fault, tensors=tensors))
+    engine.load(candidate)  # what was left half written is written again
 
 
 def test_an_adapter_that_vllm_placed_otherwise_gives_no_result(
