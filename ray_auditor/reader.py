@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,6 +27,15 @@ FEATURES = pa.schema(
 )
 
 
+@contextmanager
+def _there() -> Iterator[None]:
+    """What a store does not have, as a ValueError."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}; copy the store, too, or run the sweep again") from error
+
+
 class StoreReader:
     """What a sweep left in its `out_dir`; made by `ray_auditor.open_store`.
 
@@ -40,7 +50,7 @@ class StoreReader:
         self.path = Path(path)
         self._store = Store(self.path / "store", read_only=True)
         self._candidates = self._open("candidates.arrow", candidates_schema())
-        self.read_rows = lru_cache(ROWS_CACHED)(self._store.read_rows)
+        self.read_rows = lru_cache(ROWS_CACHED)(self._read_rows)
 
     def candidates(self) -> Any:
         """pa.Table: one row a listed candidate; docs/schema.md has the columns."""
@@ -90,7 +100,8 @@ class StoreReader:
         Raises:
             ValueError: No such candidate, or it did not run.
         """
-        return self._store.scan_rows(self.base_key if candidate is None else self.unit_key(candidate))
+        with _there():
+            return self._store.scan_rows(self.base_key if candidate is None else self.unit_key(candidate))
 
     def prompts(self) -> Any:
         """pa.Table: `suite_id`, `suite`, `prompt`, `text`, `token_ids`, `token_texts` and `content`."""
@@ -106,6 +117,12 @@ class StoreReader:
     def suites(self) -> Sequence[str]:
         """Names of the suites, in the order of their numbers; the first is the general one."""
         return tuple(self.about["settings"]["suite_names"])
+
+    @cached_property
+    def d_sae(self) -> int:
+        """Features of the SAE."""
+        with _there():
+            return int(self._store.read_commit(self.base_key).unit["d_sae"])
 
     @property
     def base_key(self) -> str:
@@ -135,13 +152,18 @@ class StoreReader:
             raise ValueError(f"candidate must be one that ran, got {candidate!r}: {reason or status}")
         return str(key)
 
+    def _read_rows(self, unit_key: str) -> TokenRows:
+        with _there():
+            return self._store.read_rows(unit_key)
+
     @cached_property
     def _rates(self) -> Any:
         return self._open("rates.arrow", rates_schema())
 
     @cached_property
     def _prompts(self) -> Any:
-        return self._store.suites_table(self.about["settings"]["suites_key"])
+        with _there():
+            return self._store.suites_table(self.about["settings"]["suites_key"])
 
     def _open(self, name: str, schema: Any) -> Any:
         path = self.path / name

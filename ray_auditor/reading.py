@@ -1,11 +1,13 @@
 """The verbs that read a finished `out_dir` again, without a GPU, torch or Ray."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ray_auditor import open_store
 from ray_auditor.acknowledgement import (
     acknowledge,
     append_acknowledgements,
@@ -21,6 +23,7 @@ from ray_auditor.report.comparison import compare, print_comparison
 from ray_auditor.report.dossier import print_candidate
 from ray_auditor.report.finding import exit_code_of, list_findings
 from ray_auditor.report.terminal import print_acknowledged, print_summary
+from ray_auditor.showing import print_feature, print_prompt
 
 REQUIRED = {"candidates", "counts", "exit_code", "flags", "settings"}
 
@@ -112,15 +115,29 @@ def _write_again(out_dir: Path) -> dict[str, Any]:
 
 
 def show_candidate(config: AuditConfig) -> int:
-    """Print one candidate: its score, flags, suites, ranks and moved features.
+    """Print one candidate, or, from the shards, one of its features or prompts.
 
     Raises:
-        ValueError: No candidate was named, or the summary does not list it.
+        ValueError: No candidate was named, or the sweep has no such candidate, suite or prompt.
     """
-    summary = read_summary(Path(config.out_dir))
-    if config.show.candidate is None:
+    summary, given, console = read_summary(Path(config.out_dir)), config.show, Console()
+    if given.candidate is None:
         raise ValueError("show.candidate must be given, got none; say ray-auditor show CANDIDATE out_dir=DIR")
-    print_candidate(summary, config.show.candidate, config.show.suite, Console())
+    if given.feature is None and given.prompt is None:
+        print_candidate(summary, given.candidate, given.suite, console)
+        return 0
+    try:
+        store = open_store(config.out_dir)
+        if given.prompt is None:
+            assert given.feature is not None
+            print_feature(store, given.candidate, given.feature, given.suite, console)
+        elif given.suite is None:
+            raise ValueError("suite must be given with a prompt, got none; add show.suite=NAME")
+        else:
+            print_prompt(store, given.candidate, given.suite, given.prompt, given.feature, console)
+    except ValueError as error:
+        named = re.match("(candidate|suite|prompt|feature) must", str(error))
+        raise ValueError(f"show.{error}" if named else str(error)) from error
     return 0
 
 

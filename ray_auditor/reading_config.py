@@ -6,10 +6,12 @@ from enum import StrEnum
 
 @dataclass(kw_only=True, slots=True)
 class ShowConfig:
-    """What `show` prints."""
+    """What `show` prints: a candidate, or one of its features, or one of its prompts."""
 
     candidate: str | None = None
     suite: str | None = None
+    feature: int | None = None
+    prompt: int | None = None  # of the suite
 
 
 @dataclass(kw_only=True, slots=True)

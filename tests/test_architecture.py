@@ -22,7 +22,7 @@ ORDER = (
     ("report",),
     ("engine",),
     ("worker",),
-    ("acknowledgement", "tables", "outputs", "reader"),
+    ("acknowledgement", "tables", "outputs", "reader", "drilldown", "showing"),
     ("calibration", "intake", "history"),
     ("engine_class",),
     ("plan", "reading"),
@@ -68,6 +68,8 @@ WITHOUT_TORCH = {
     "outputs",
     "tables",
     "reader",
+    "drilldown",
+    "showing",
     "reading",
     "config",
 }
