@@ -32,9 +32,9 @@ def verb_function(verb: Verb) -> Callable[[AuditConfig], int]:
 
         return sweep.run_sweep
     if verb is Verb.plan:
-        from ray_auditor import plan
+        from ray_auditor import preview
 
-        return plan.print_plan
+        return preview.print_plan
     if verb is Verb.demo:
         from ray_auditor.demo import run
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from ray_auditor.budget_config import BudgetConfig
 from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig
 from ray_auditor.reading_config import AckConfig, DiffConfig, ShowConfig
 
@@ -249,6 +250,7 @@ class AuditConfig:
 
     verb: Verb = Verb.sweep
     out_dir: str = "out"
+    plan: str | None = None  # a plan that `plan` wrote, for `sweep` to keep to
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -256,6 +258,7 @@ class AuditConfig:
     suites: SuitesConfig = field(default_factory=SuitesConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     flag: FlagConfig = field(default_factory=FlagConfig)
     null: NullConfig = field(default_factory=NullConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
@@ -302,6 +305,7 @@ def register_schemas() -> None:
         "suites": SuitesConfig,
         "engine": EngineConfig,
         "cluster": ClusterConfig,
+        "budget": BudgetConfig,
         "flag": FlagConfig,
         "null": NullConfig,
     }.items():

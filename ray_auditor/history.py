@@ -50,10 +50,19 @@ class History:
             "settings": f"{unit.k} {unit.engine_class}",
         }
 
-    def whys(self) -> dict[str, str]:
-        """By candidate, why it is where it is tonight; `explain` has the words."""
-        before, parts = self.ledger.audits(), self.parts
-        return {row.id: explain(before.get(row.id), content_of(row), parts) for row in self.rows}
+    def whys(self, contents: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+        """By candidate, why it is where it is tonight; `explain` has the words.
+
+        Args:
+            contents: What may identify the weights of rows that have no unit yet, as far as it is known.
+        """
+        audits, parts = self.ledger.audits(), self.parts
+        whys = {}
+        for row in self.rows:
+            before, known = audits.get(row.id), (contents or {}).get(row.id, ())
+            same = before.content if before and before.content in known else None
+            whys[row.id] = explain(before, content_of(row) or same, parts)
+        return whys
 
     def new(self, flagged: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         """Of flagged (candidate, suite), those that were not reported before for the same weights."""

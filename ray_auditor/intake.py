@@ -4,18 +4,22 @@ A sweep's plan asks `recall` first: what the ledger knows, and the store has, is
 What is left and lies elsewhere comes in through `Arrivals`, while the engine works on what came before.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import json
+import time
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+from ray_auditor.budget import Meter
 from ray_auditor.config import AuditConfig
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, Refused
-from ray_auditor.hub.cache import Cache
+from ray_auditor.hub.cache import Cache, bytes_to_move
 from ray_auditor.hub.fetch import Fetcher
-from ray_auditor.hub.remote import Pinned
+from ray_auditor.hub.remote import Pinned, RemoteFile
 from ray_auditor.hub.source import Remote, stamp_folder
 from ray_auditor.ledger import Admission, Ledger, admission_class
 from ray_auditor.roster import Row
@@ -25,6 +29,8 @@ from ray_auditor.worker import Assignment
 LASTING = ("admitted", "rejected", "skipped")  # what the same files will be the next time, too
 UNVERIFIED = "read in ranges: that its bytes are those of the commit is the hub's word, held to no hash"
 NOT_YET = "deferred:not_fetched: the sweep ended before its files were here"
+
+FETCH_RATE = "fetch_rate"  # the fact that holds bytes a second of the last sweep that moved any
 
 Landed = tuple[list[Pinned], Path | Exception, ExitStack]
 Admit = Callable[[Candidate], tuple[Row, Admitted | None]]
@@ -74,6 +80,10 @@ class Recall:
             key,
         )
 
+    def contents(self, pinned: Iterable[Pinned]) -> dict[str, list[str]]:
+        """By id, what identified these files' weights in earlier sweeps, whatever their other inputs."""
+        return {one.id: self.ledger.contents(one.key) for one in pinned}
+
     def remember(self, key: str | None, row: Row) -> None:
         """Keep what admission said, unless another look may find something else."""
         if key is not None and row.status in LASTING:
@@ -105,6 +115,8 @@ class Arrivals:
         recall: What to remember of them.
         admit: Makes a row of a folder.
         config: Bounds of the cache and of the downloads.
+        meter: What they may use; a sweep's own.
+        range_share: The share of full weights that is expected to be wanted when they are read in ranges.
     """
 
     pending: Sequence[Pinned]
@@ -112,12 +124,38 @@ class Arrivals:
     recall: Recall
     admit: Admit
     config: AuditConfig
+    meter: Meter
+    range_share: float = 1.0
     rows: dict[str, Row] = field(default_factory=dict)  # by id; grows with every stage
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Bytes to move, by hash, of every file that is not in the cache yet."""
+        return self.files_of(self.pending)
+
+    def files_of(self, pending: Iterable[Pinned]) -> dict[str, int]:
+        """The same for some of the candidates."""
+        files = {file.blob: file for one in pending for file in one.files}
+        missing = ((name, self._bytes_to_move(file)) for name, file in files.items())
+        return {name: num_bytes for name, num_bytes in missing if num_bytes}
+
+    def _bytes_to_move(self, file: RemoteFile) -> int:
+        return bytes_to_move(cache_root(self.config), file, self.range_share)
+
+    def _ask_to_move(self, file: RemoteFile) -> int:
+        expected = self._bytes_to_move(file)
+        self.meter.move(expected)
+        return expected
 
     @property
     def num_bytes(self) -> int:
-        """All there is to move, if nothing of it is in the cache."""
-        return sum({file.blob: file.num_bytes for one in self.pending for file in one.files}.values())
+        """All there is to move."""
+        return sum(self.files.values())
+
+    def without(self, keys: Container[str]) -> "Arrivals | None":
+        """The same without the candidates whose files have one of these keys; None when none is left."""
+        pending = [one for one in self.pending if one.key not in keys]
+        return replace(self, pending=pending) if pending else None
 
     def groups(self) -> list[list[Pinned]]:
         """Candidates with the same files together."""
@@ -135,25 +173,36 @@ class Arrivals:
         settings, groups = self.config.download, self.groups()
         if not groups:
             return
-        root = Path(settings.cache_dir or Path(self.config.out_dir) / "cache")
-        cache = Cache(root, max_bytes=settings.max_cache_bytes, min_free_bytes=settings.min_free_bytes)
+        cache = Cache(
+            cache_root(self.config),
+            max_bytes=settings.max_cache_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        )
         fetcher = Fetcher(
             self.remote.origin,
             cache,
             self.remote.limit,
             stall_s=settings.stall_s,
             max_attempts=settings.max_attempts,
+            ask_to_move=self._ask_to_move,
+            settle=self.meter.settle,
         )
         landed: SimpleQueue[Landed] = SimpleQueue()
 
+        begun = ended = time.monotonic()
+
         def bring(group: list[Pinned]) -> None:
+            nonlocal ended
             stack = ExitStack()
             try:
+                if refusal := self.meter.refuse_unit():
+                    raise refusal
                 stack.enter_context(cache.pin(group[0].key))
                 landed.put((group, fetcher.fetch(group[0]), stack))
             except (CandidateError, ValueError, OSError) as error:
                 stack.close()
                 landed.put((group, error, stack))
+            ended = time.monotonic()
 
         pool = ThreadPoolExecutor(settings.num_parallel, "fetch")
         try:
@@ -168,6 +217,9 @@ class Arrivals:
                         num_left -= 1
                         stage += self._admit(group, outcome)
                     self.recall.ledger.commit()
+                    if not num_left and fetcher.num_bytes:
+                        rate = fetcher.num_bytes / max(ended - begun, 1e-3)
+                        self.recall.ledger.keep_fact(FETCH_RATE, json.dumps(rate))
                     if stage:
                         yield stage
         finally:
@@ -194,6 +246,11 @@ class Arrivals:
             return []
         self.recall.whole.add(unit.key)  # it will be; other names of the same content need no second unit
         return [Assignment(unit, admitted)]
+
+
+def cache_root(config: AuditConfig) -> Path:
+    """Where fetched files are kept."""
+    return Path(config.download.cache_dir or Path(config.out_dir) / "cache")
 
 
 def take_all(queue: "SimpleQueue[Landed]") -> Iterator[Landed]:

@@ -110,6 +110,12 @@ class Ledger:
         status, reason, kind, content, notes, declared = json.loads(row[0])
         return Admission(status, reason, kind, content, tuple(notes), declared)
 
+    def contents(self, key: str) -> list[str]:
+        """Contents of files with this key, under whatever rules they were admitted."""
+        rows = self._db.execute("SELECT admission FROM admissions WHERE key = ?", (key,))
+        said = (Admission(*json.loads(admission)) for (admission,) in rows)
+        return [one.content for one in said if one.content]
+
     def keep_admission(self, key: str, admission_class: str, admission: Admission) -> None:
         """Keep what admission said for `admission`."""
         self._db.execute(

@@ -1,29 +1,24 @@
 """What a sweep will do, before anything runs: its inputs, its candidates, and the units they share."""
 
-import sys
-from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from ray_auditor.budget import Limits, Meter, limits_of, num_devices
 from ray_auditor.calibration import recorded_fits
-from ray_auditor.candidates_config import Read, Source
+from ray_auditor.candidates_config import Read
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine import check_fit, num_layers_of
-from ray_auditor.engine_class import engine_class
+from ray_auditor.engine_class import device_name, engine_class
 from ray_auditor.gate import Bounds, Fit, base_bounds, check_base, measure_fit
-from ray_auditor.hub import Admitted, BaseModel, open_base
-from ray_auditor.hub.remote import Pinned, SourceError
-from ray_auditor.hub.source import open_remote
+from ray_auditor.hub import Admitted, BaseModel, CandidateError, lies_below_hook, open_base
+from ray_auditor.hub.remote import Pinned
+from ray_auditor.hub.source import Remote, open_remote
 from ray_auditor.intake import Arrivals, Recall, admission_class_of, find_whole, waiting_row
-from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.ledger import Ledger
-from ray_auditor.report.printable import printable
-from ray_auditor.roster import Found, Role, admit_row, keep_apart, list_rows
+from ray_auditor.progress_line import say_how_far
+from ray_auditor.roster import Entry, Found, Role, admit_row, distinct_name, keep_apart, list_rows
 from ray_auditor.roster import Row as Row
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
@@ -43,10 +38,13 @@ class Plan:
     suites: Suites
     store: Store
     rows: tuple[Row, ...]
+    found: tuple[Entry, ...]  # what each row was made of
     base_unit: Unit
     replay_unit: Unit
     assignments: tuple[Assignment, ...]  # of finetunes; units with the same content share one
     ledger: Ledger
+    meter: Meter  # what a sweep of this plan uses, and may use
+    remote: Remote | None = None  # where candidates come from, unless from a folder
     arrivals: Arrivals | None = None  # candidates whose files lie elsewhere; their rows wait for them
 
     @property
@@ -73,6 +71,26 @@ class Plan:
         """The unit of other weights under everything else of this sweep."""
         return replace(self.base_unit, candidate_key=candidate_key)
 
+    @cached_property
+    def waiting(self) -> dict[str, str]:
+        """By row, the key of what it waits for: of its files, or of the unit that is to be computed."""
+        files = {one.id: one.key for one in self.arrivals.pending} if self.arrivals else {}
+        todo = {task.unit.key for task in self.assignments}
+        units = {row.id: row.unit.key for row in self.rows if row.unit and row.unit.key in todo}
+        return files | units
+
+    def without(self, refusals: Mapping[str, CandidateError]) -> "Plan":
+        """The plan with some of its work, by key, put off."""
+        rows = [
+            replace(row, status=refusal.status, reason=refusal.reason, unit=None)
+            if (refusal := refusals.get(self.waiting.get(row.id, "")))
+            else row
+            for row in self.rows
+        ]
+        assignments = tuple(task for task in self.assignments if task.unit.key not in refusals)
+        arrivals = self.arrivals and self.arrivals.without(refusals)
+        return replace(self, rows=tuple(rows), assignments=assignments, arrivals=arrivals)
+
     def worker_spec(self, num_threads: int) -> WorkerSpec:
         """What every worker of this sweep is started with."""
         return WorkerSpec(
@@ -87,30 +105,37 @@ class Plan:
         )
 
 
-def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
+def make_plan(
+    config: AuditConfig,
+    *,
+    candidates: bool = True,
+    create: bool = True,
+    find: Callable[[Unit], Iterable[tuple[Entry, Role]]] | None = None,
+) -> Plan:
     """Read and check every input, list the finetunes, and admit what is safe and comparable.
 
     Args:
         config: Settings with every source given.
         candidates: Whether there are any to list; without, the plan is about the base alone.
+        create: Whether the store is made when it is not there, and the suites are kept in it.
+        find: Gives the finetunes, from the base's unit, in place of the sources that the settings name.
 
     Raises:
         ValueError: An input is missing or does not fit another; nothing has run.
     """
     config.require_inputs(candidates=candidates)
+    limits = limits_of(config.budget, device_name(config)) if candidates else Limits()
+    meter = Meter(limits, num_devices(config.cluster))
     sae = load_sae(config.sae.path, config.sae.release, config.sae.sae_id, config.sae.hook_name)
     num_layers = num_layers_of(sae)
     base = open_base(str(config.base.model))
     check_fit(base, sae, config.sae.k)
     base = open_base(str(config.base.model), num_layers=num_layers)
-    store = open_store(config)
-    ledger = Ledger(store.root / "ledger.sqlite")
-    remote = open_remote(config.candidates) if candidates else None
-    found = list(list_rows(config, remote, ledger)) if candidates else []
-    if remote is not None and (remote.origin.is_store or config.download.read is Read.ranges):
-        found = [(one.in_ranges(num_layers) if isinstance(one, Pinned) else one, role) for one, role in found]
     suites = load_suites(config.suites, base.path)
     check_context(base, suites)
+    store = open_store(config, create=create)
+    ledger = Ledger(Path(config.out_dir) / "ledger.sqlite")
+    remote = open_remote(config.candidates) if candidates else None
     base_unit = Unit(
         candidate_key=base.content_sha256,
         base_key=base.key,
@@ -121,7 +146,12 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
         d_sae=sae.d_sae,
         engine_class=engine_class(config),
     )
+    listing = find(base_unit) if find else list_rows(config, remote, ledger) if candidates else ()
+    found = list(say_how_far(listing, "finetunes listed"))
+    if remote is not None and (remote.origin.is_store or config.download.read is Read.ranges):
+        found = [(one.in_ranges(num_layers) if isinstance(one, Pinned) else one, role) for one, role in found]
     rows: list[Row] = []
+    names: set[str] = set()
     assignments: dict[str, Assignment] = {}
     pending: list[Pinned] = []
     max_lora_rank = config.engine.max_lora_rank
@@ -131,7 +161,7 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
     def admit_one(one: Found, role: Role = "candidate") -> tuple[Row, Admitted | None]:
         return admit_row(one, role, base, num_layers, max_lora_rank, base_unit)
 
-    for one, role in found:
+    for one, role in say_how_far(found, f"of {len(found)} finetunes admitted, known or refused"):
         known, key = recall.row(one)
         admitted = None
         if known is not None:
@@ -142,14 +172,14 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
         else:
             row, admitted = admit_one(one, role)
             recall.remember(key, row)
-        row = keep_apart(row, rows)
+        row = replace(keep_apart(row, rows), id=distinct_name(row.id, names))
         rows.append(row)
-        if admitted is not None and row.unit is not None and row.unit != base_unit:
+        is_new = row.unit is not None and row.unit != base_unit and row.unit.key not in recall.whole
+        if admitted is not None and row.unit is not None and is_new:
             assignments.setdefault(row.unit.key, Assignment(row.unit, admitted))
-    if len({row.id for row in rows}) != len(rows):
-        raise ValueError("candidates.path must hold folders with distinct names once they are made printable")
     ledger.commit()
-    store.write_suites(suites.key, _stored_prompts(suites))
+    if create:
+        store.write_suites(suites.key, _stored_prompts(suites))
     return Plan(
         config=config,
         base=base,
@@ -157,11 +187,16 @@ def make_plan(config: AuditConfig, *, candidates: bool = True) -> Plan:
         suites=suites,
         store=store,
         rows=tuple(rows),
+        found=tuple(one for one, _ in found),
         base_unit=base_unit,
         replay_unit=replace(base_unit, candidate_key=base.content_sha256 + REPLAY),
         assignments=tuple(assignments.values()),
         ledger=ledger,
-        arrivals=Arrivals(pending, remote, recall, admit_one, config) if remote and pending else None,
+        meter=meter,
+        remote=remote,
+        arrivals=Arrivals(pending, remote, recall, admit_one, config, meter, share_below(base, num_layers))
+        if remote and pending
+        else None,
     )
 
 
@@ -194,6 +229,14 @@ def check_gate(plan: Plan) -> None:
         check_base(*gate_base(plan, plan.store.read_rows(plan.base_unit.key)), plan.sae.hook_name)
 
 
+def share_below(base: BaseModel, num_layers: int) -> float:
+    """The share of the base's bytes that an audit of so many layers reads."""
+    sizes = {name: spec.end - spec.start for name, spec in base.tensors.items()}
+    return sum(size for name, size in sizes.items() if lies_below_hook(name, num_layers)) / sum(
+        sizes.values()
+    )
+
+
 def check_context(base: BaseModel, suites: Suites) -> None:
     """Check that every prompt fits the base's context.
 
@@ -209,14 +252,14 @@ def check_context(base: BaseModel, suites: Suites) -> None:
         )
 
 
-def open_store(config: AuditConfig) -> Store:
-    """Open `out_dir`'s store.
+def open_store(config: AuditConfig, *, create: bool = True) -> Store:
+    """Open `out_dir`'s store, or only look into it.
 
     Raises:
         ValueError: `out_dir` cannot be written.
     """
     try:
-        return Store(Path(config.out_dir) / "store")
+        return Store(Path(config.out_dir) / "store", read_only=not create)
     except OSError as error:
         raise ValueError(
             f"out_dir must be a folder that can be written, got {config.out_dir}: {error}"
@@ -237,46 +280,3 @@ def _stored_prompts(suites: Suites) -> list[SuitePrompt]:
         for suite_id, suite in enumerate(suites.suites)
         for number, prompt in enumerate(suite.prompts)
     ]
-
-
-def print_plan(config: AuditConfig) -> int:
-    """The verb `plan`: what a sweep would do, candidate by candidate. Runs nothing.
-
-    Returns:
-        0, 3 when there is nothing to audit, or 2 when the source does not answer or a sweep is reading it.
-    """
-    config.require_inputs()
-    is_folder = config.candidates.source is Source.folder
-    try:
-        with nullcontext() if is_folder else Lease(Path(config.out_dir)):  # a listing has one reader
-            plan = make_plan(config)
-    except (LeaseHeld, SourceError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    console = Console(emoji=False)
-    title = f"{len(plan.candidates)} candidates" + (f", {len(plan.nulls)} null members" if plan.nulls else "")
-    table = Table("candidate", "kind", "plan", "why", title=title)
-    waiting = {one.id for one in plan.arrivals.pending} if plan.arrivals else set()
-    todo = {task.unit.key for task in plan.assignments if not plan.store.has(task.unit.key)}
-    for row in plan.rows:
-        what = row.status if row.unit is None else "audit" if row.unit.key in todo else "done already"
-        what = "fetch, admit, audit" if row.id in waiting else what
-        table.add_row(
-            *(printable(text or "") for text in (row.id, row.kind, what, row.reason or "; ".join(row.notes)))
-        )
-    console.print(table, markup=False)
-    tokens = plan.suites.num_tokens
-    if plan.arrivals is not None:
-        console.print(
-            f"{len(plan.arrivals.groups())} distinct candidates to fetch, "
-            f"{plan.arrivals.num_bytes} bytes at most",
-            markup=False,
-        )
-    console.print(
-        f"{len(todo)} of {len(plan.units)} distinct finetunes to audit, {tokens} tokens each "
-        f"({tokens * len(todo)} in all), hook {plan.sae.hook_name}, k {plan.k}",
-        markup=False,
-    )
-    for status, count in sorted(Counter(row.status for row in plan.rows).items()):
-        console.print(f"  {count:>6} {status}", markup=False)
-    return 0 if waiting or any(row.unit for row in plan.candidates) else 3

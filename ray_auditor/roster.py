@@ -11,10 +11,11 @@ from ray_auditor.hub.source import Remote, find_candidates
 from ray_auditor.ledger import Ledger
 from ray_auditor.store import Unit
 
-NULL_PREFIX = "null/"  # of the ids of null members: no folder's name holds a slash, so none collides
+NULL_PREFIX = "null/"  # of the ids of null members
 
 Role = Literal["candidate", "null"]
 Found = Candidate | Refused
+Entry = Found | Pinned
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ class Row:
     role: Role = "candidate"
 
 
-def list_rows(
-    config: AuditConfig, remote: Remote | None, ledger: Ledger
-) -> Iterator[tuple[Found | Pinned, Role]]:
+def list_rows(config: AuditConfig, remote: Remote | None, ledger: Ledger) -> Iterator[tuple[Entry, Role]]:
     """Every candidate, then every null member, as their sources hold them.
 
     Args:
@@ -68,6 +67,20 @@ def list_finetunes(path: str, setting: str) -> list[Found]:
         return list(list_folder(path))
     except ValueError as error:
         raise ValueError(str(error).replace("candidates.path", setting)) from error
+
+
+def distinct_name(name: str, taken: set[str]) -> str:
+    """A name no other row has; kept in `taken`. Who comes first keeps his own.
+
+    A hub may have an author called `null`, and what is refused may print as something else does.
+    """
+    number = 1
+    chosen = name
+    while chosen in taken:
+        number += 1
+        chosen = f"{name}~{number}"
+    taken.add(chosen)
+    return chosen
 
 
 def keep_apart(row: Row, before: Sequence[Row]) -> Row:

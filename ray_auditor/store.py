@@ -220,6 +220,8 @@ class Store:
 
         Equal stamps of a unit that was whole mean that nobody wrote to it since. No file is opened.
         """
+        if not (self.root / "shards").is_dir():
+            return {}
         commits = {path.name.removesuffix(".json"): path for path in os.scandir(self.root / "commits")}
         stamps: dict[str, str] = {}
         with os.scandir(self.root / "shards") as shards:

@@ -18,11 +18,13 @@ from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
 from ray_auditor.engine.parameters import SwapError
+from ray_auditor.forecast import keep_rate_limits
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
 from ray_auditor.hub.remote import SourceError
 from ray_auditor.lease import Lease, LeaseHeld
-from ray_auditor.plan import Plan, check_gate, make_plan
+from ray_auditor.plan import Plan, check_gate
+from ray_auditor.preview import plan_sweep
 from ray_auditor.report.finding import EXIT_FAILED
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
@@ -41,10 +43,16 @@ class Flight:
     assignment: Assignment
     attempt: int
     deadline: float  # monotonic seconds
+    begun: float
 
 
 class BaseFailed(RuntimeError):
-    """The base itself could not be encoded, so nothing can be compared."""
+    """The base itself could not be encoded, so nothing can be compared.
+
+    `refusal` is set when there was no time left for it.
+    """
+
+    refusal: CandidateError | None = None
 
 
 def run_sweep(config: AuditConfig) -> int:
@@ -67,14 +75,10 @@ def run_sweep(config: AuditConfig) -> int:
 
 
 def _sweep(config: AuditConfig, lease: Lease) -> int:
-    plan = make_plan(config)
+    plan = plan_sweep(config)
     check_gate(plan)
     refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}
-    todo = [
-        task
-        for task in plan.assignments
-        if task.unit.key not in refused and not plan.store.has(task.unit.key)
-    ]
+    todo = plan.assignments
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
     arrivals = plan.arrivals
@@ -108,8 +112,9 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
                 )
             except BaseFailed as error:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
-                failures = {row.unit.key: str(error) for row in plan.rows if row.unit}
+                failures = {row.unit.key: error.refusal or str(error) for row in plan.rows if row.unit}
     lease.check()
+    keep_rate_limits(plan)
     plan.ledger.keep_refusals(
         {
             key: (one.code, one.text)
@@ -184,6 +189,8 @@ def run_stages(
         num_gpus=config.gpus_per_worker,
         accelerator_type=config.accelerator_type,
     )
+    meter = plan.meter
+    meter.start()
     idle = deque(actor.remote(spec) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
     num_tokens, num_done = 0, 0 if num_left is None else progress.total - num_left
@@ -194,10 +201,15 @@ def run_stages(
         flying: dict[Any, Flight] = {}
         while queue or flying:
             while queue and idle:
+                if refusal := meter.refuse_unit():
+                    refused = refuse_all(queue, refusal)
+                    failures |= refused
+                    num_done += len(refused)
+                    break
                 worker, (task, attempt) = idle.popleft(), queue.popleft()
-                deadline = time.monotonic() + config.unit_timeout_s
+                deadline = time.monotonic() + min(config.unit_timeout_s, meter.time_left_s)
                 flying[worker.audit.remote(task, queue[0][0] if queue else None)] = Flight(
-                    worker, task, attempt, deadline
+                    worker, task, attempt, deadline, time.monotonic()
                 )
             counts = {"ok": num_done - len(failures), "failed": len(failures), "running": len(flying)}
             progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
@@ -205,12 +217,15 @@ def run_stages(
                 flight = flying.pop(reference)
                 failure = failure_of(reference)
                 if failure is None:
+                    meter.landed(time.monotonic() - flight.begun)
                     idle.append(flight.worker)
                 else:
                     ray.kill(flight.worker)
                     idle.append(actor.remote(spec))
                     is_own_fault = isinstance(failure, CandidateError) and failure.status != "failed"
-                    if not is_own_fault and flight.attempt < config.max_attempts:
+                    refusal = None if is_own_fault else meter.refuse_unit()  # no time for another attempt
+                    failure = refusal or failure
+                    if not (is_own_fault or refusal) and flight.attempt < config.max_attempts:
                         queue.append((flight.assignment, flight.attempt + 1))
                         continue
                 num_done += 1
@@ -218,8 +233,31 @@ def run_stages(
                 if failure is not None:
                     failures[flight.assignment.unit.key] = failure
                     if flight.assignment.candidate is None:
-                        raise BaseFailed(f"{flight.assignment.name} could not be encoded: {failure}")
+                        raise base_failed(flight.assignment, failure)
     return failures
+
+
+def refuse_all(
+    queue: deque[tuple[Assignment, int]], refusal: CandidateError
+) -> dict[str, CandidateError | str]:
+    """Empty the queue; by unit key, why.
+
+    Raises:
+        BaseFailed: The base was in it.
+    """
+    tasks = [task for task, _ in queue]
+    queue.clear()
+    for task in tasks:
+        if task.candidate is None:
+            raise base_failed(task, refusal)
+    return {task.unit.key: refusal for task in tasks}
+
+
+def base_failed(task: Assignment, failure: CandidateError | str) -> BaseFailed:
+    """The error that ends a sweep."""
+    error = BaseFailed(f"{task.name} could not be encoded: {failure}")
+    error.refusal = failure if isinstance(failure, CandidateError) and failure.status == "deferred" else None
+    return error
 
 
 def landed_or_overdue(flying: dict[Any, Flight]) -> list[Any]:

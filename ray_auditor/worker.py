@@ -72,6 +72,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         """Start the engine on the base."""
+        begun = time.perf_counter()
         go_offline()
         torch.set_num_threads(spec.num_threads)
         from ray_auditor.engine.live import Engine
@@ -87,6 +88,8 @@ class Worker:
         ]
         max_tokens = max(len(prompt.token_ids) for _, _, prompt in self._prompts)
         self._engine = Engine(spec.base, spec.sae, k=spec.k, max_tokens=max_tokens, config=spec.engine)
+        self._free_since = time.perf_counter()
+        self._start_s: float | None = self._free_since - begun
 
     def audit(self, assignment: Assignment, upcoming: Assignment | None = None) -> int:
         """Load, prove, stream, commit.
@@ -103,6 +106,7 @@ class Worker:
             RuntimeError: The base's activations overflow.
             SwapError: The engine does not hold the candidate, or no longer does.
         """
+        wait_s, start_s = time.perf_counter() - self._free_since, self._start_s
         loaded = self._engine.load(assignment.candidate)
         if upcoming is not None:
             self._engine.read_ahead(upcoming.candidate)
@@ -135,10 +139,14 @@ class Worker:
             "name": assignment.name,
             "proof": loaded.proof,
             "num_tokens_run": self._spec.suites.num_tokens,
+            "num_bytes": assignment.num_bytes,
             "mean_difference": {suite.name: _six_digits(mean) for suite, mean in means},
             "weights": {name: _six_digits(value) for name, value in weights.items()},
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "wait_s": round(wait_s, 4),
+            "start_s": start_s and round(start_s, 4),
         }
+        self._free_since, self._start_s = weighed, None
         residuals = recording.to_bytes() if recording is not None else None
         self._store.commit(assignment.unit, rows, record, residuals)
         return self._spec.suites.num_tokens

@@ -11,7 +11,16 @@ MAX_LINES = 320
 
 # Each room may import rooms of its own line and of the lines before it.
 ORDER = (
-    ("config", "candidates_config", "reading_config", "shard", "unit", "conformal", "durable_file"),
+    (
+        "config",
+        "budget_config",
+        "candidates_config",
+        "reading_config",
+        "shard",
+        "unit",
+        "conformal",
+        "durable_file",
+    ),
     ("store", "ledger", "lease"),
     ("hub", "reduce"),
     ("sums", "suites", "sae_spec", "sae_fold", "sae", "rates", "features", "weight_change", "roster", "gate"),
@@ -23,9 +32,12 @@ ORDER = (
     ("engine",),
     ("worker",),
     ("acknowledgement", "tables", "outputs", "reader", "drilldown", "showing"),
+    ("budget", "cost", "engine_class", "progress_line"),
     ("calibration", "intake", "history"),
-    ("engine_class",),
     ("plan", "reading"),
+    ("forecast",),
+    ("plan_file",),
+    ("preview",),
     ("reduction", "details", "evaluation", "rivals"),
     ("conclusion", "evaluate"),
     ("cluster",),

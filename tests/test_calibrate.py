@@ -85,7 +85,7 @@ def test_only_tokens_that_both_sides_scored_are_compared(hub: Hub) -> None:
 
 
 def test_nothing_of_it_is_left_but_units_and_the_record(hub: Hub) -> None:
-    assert {path.name for path in hub.out.iterdir()} - {".lease"} == {"store"}
+    assert {path.name for path in hub.out.iterdir()} == {".lease", "ledger.sqlite", "store"}
     assert len(hub.commits) == 1 + 5
 
 

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from ray_auditor import sweep
+from ray_auditor.budget import Limits, Meter
 from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
 from ray_auditor.engine.parameters import SwapError
@@ -67,12 +68,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     log = tmp_path / "log"
     log.touch()
 
-    def run(*stages: list[Any], num_workers: int = 2, **settings: Any) -> tuple[dict[str, Any], list[str]]:
+    def run(
+        *stages: list[Any], num_workers: int = 2, meter: Meter | None = None, **settings: Any
+    ) -> tuple[dict[str, Any], list[str]]:
         config = ClusterConfig(num_workers=num_workers, cpus_per_worker=0.5, **settings)
         plan: Any = SimpleNamespace(
             config=SimpleNamespace(cluster=config),
             worker_spec=lambda _: str(log),
             suites=SimpleNamespace(num_tokens=1),
+            meter=meter or Meter(Limits(), 1),
         )
         with SweepProgress(sum(map(len, stages))) as progress:
             failures = run_stages(stages, plan, 1, progress)
@@ -132,3 +136,27 @@ def test_no_actor_outlives_its_run(run: Any) -> None:
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.1)
+
+
+def test_a_budget_that_is_used_up_defers_the_rest_and_gives_the_device_back(run: Any) -> None:
+    limits = Limits(device_s=6.0, given={"max_gpu_hours": 6 / 3600})
+    begun = time.monotonic()
+    failures, log = run(
+        [task("fine-1", 9)],
+        [task("hang-1", 5), task("fine-2", 1)],
+        num_workers=1,
+        meter=Meter(limits, 1.0),
+    )
+    assert time.monotonic() - begun < 20  # long before the unit's own deadline
+    assert log == ["fine-1", "hang-1"]
+    assert {name: failure.reason[:23] for name, failure in failures.items()} == {
+        "hang-1": "deferred:max_gpu_hours:",
+        "fine-2": "deferred:max_gpu_hours:",
+    }
+
+
+def test_a_budget_too_small_for_the_base_is_no_fault_of_the_base(run: Any) -> None:
+    with pytest.raises(BaseFailed) as caught:
+        run([task("hang-base", base=True)], meter=Meter(Limits(3.0, given={"max_gpu_hours": 3 / 3600}), 1.0))
+    assert caught.value.refusal is not None
+    assert caught.value.refusal.status == "deferred"

@@ -1,6 +1,7 @@
 """What need not be read again, and what comes in while the engine works."""
 
 import hashlib
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from rich.console import Console
 
+from ray_auditor.budget import Limits, Meter
 from ray_auditor.config import AuditConfig
 from ray_auditor.hub import Admitted, Candidate
 from ray_auditor.hub.endpoint import Endpoint
@@ -21,9 +24,10 @@ from ray_auditor.hub.remote import Listed
 from ray_auditor.hub.source import Remote, stamp_folder
 from ray_auditor.intake import Arrivals, Recall, find_whole
 from ray_auditor.ledger import Admission, Audit, Ledger, explain
-from ray_auditor.roster import Row
+from ray_auditor.progress_line import say_how_far
+from ray_auditor.roster import Row, distinct_name
 from ray_auditor.store import Store
-from tests.hub.hub_server import HubServer, answer, serving
+from tests.hub.hub_server import HubServer, answer, garble, serving
 from tests.test_store import UNIT, make_rows
 
 PARTS = {"base": "b", "sae": "s", "suites": "u", "settings": "k"}
@@ -120,6 +124,31 @@ def test_a_folder_is_known_by_its_stamp_until_somebody_touches_it(tmp_path: Path
     assert stamp_folder(folder) not in (stamp, None)
 
 
+def test_no_two_rows_share_a_name_whatever_a_hub_calls_its_authors() -> None:
+    taken: set[str] = set()
+    names = ["null/x", "a", "null/x~2", "null/x", "null/x"]  # an author, a name that prints so, null members
+    assert [distinct_name(name, taken) for name in names] == [
+        "null/x",
+        "a",
+        "null/x~2",
+        "null/x~3",
+        "null/x~4",
+    ]
+
+
+def test_long_loops_say_how_far_they_are_and_short_ones_nothing() -> None:
+    said = io.StringIO()
+    console = Console(file=said)
+    times = iter(range(0, 100, 4))
+    found = say_how_far(range(8), "listed", console=console, clock=lambda: float(next(times)))
+    assert list(found) == list(range(8))
+    assert said.getvalue().splitlines() == ["2 listed, 12 s", "5 listed, 24 s"]
+    assert list(say_how_far(range(8), "listed", console=Console(file=(quiet := io.StringIO())))) == [
+        *range(8)
+    ]
+    assert not quiet.getvalue()
+
+
 NUM, BYTES = 8, 200_000
 
 
@@ -134,19 +163,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
-def test_candidates_come_in_through_a_cache_smaller_than_they_are(hub: HubServer, tmp_path: Path) -> None:
-    hub.fault("org/m5/resolve", *[answer(404, X_Error_Code="EntryNotFound")] * 9)
+def make_arrivals(hub: HubServer, tmp_path: Path, ledger: Ledger, meter: Meter, **download: Any) -> Arrivals:
+    """Everything the hub has, to be fetched; admission keeps a unit of its own for every content."""
     limit = RateLimit()
     endpoint = Endpoint(hub.url, None, limit)
-    names = list(hub.repos)
-    pending = [pin(Listed(name, name), endpoint, max_candidate_bytes=1 << 30) for name in names]
+    pending = [pin(Listed(name, name), endpoint, max_candidate_bytes=1 << 30) for name in hub.repos]
     query: Any = HubQuery.__new__(HubQuery)
-    remote = Remote(query, Origin(hub.url), limit, endpoint)
     config = AuditConfig(out_dir=str(tmp_path))
-    config.download = replace(
-        config.download, max_cache_bytes=int(2.5 * BYTES), min_free_bytes=0, num_parallel=3, max_attempts=2
-    )
-    seen: dict[str, bytes] = {}
+    config.download = replace(config.download, min_free_bytes=0, max_attempts=2, **download)
 
     def admit(candidate: Candidate) -> tuple[Row, Admitted | None]:
         content = hashlib.sha256((candidate.path / "model.safetensors").read_bytes()).hexdigest()
@@ -154,9 +178,26 @@ def test_candidates_come_in_through_a_cache_smaller_than_they_are(hub: HubServer
         admitted = Admitted(candidate, content, {}, None, ())
         return Row(candidate.id, "full", "admitted", None, unit), admitted
 
+    recall = Recall(ledger, UNIT, "rules", set())
+    return Arrivals(pending, Remote(query, Origin(hub.url), limit, endpoint), recall, admit, config, meter)
+
+
+def test_candidates_come_in_through_a_cache_smaller_than_they_are(hub: HubServer, tmp_path: Path) -> None:
+    hub.fault("org/m5/resolve", *[answer(404, X_Error_Code="EntryNotFound")] * 9)
+    names = list(hub.repos)
+    seen: dict[str, bytes] = {}
+
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        recall = Recall(ledger, UNIT, "rules", set())
-        arrivals = Arrivals(pending, remote, recall, admit, config)
+        arrivals = make_arrivals(
+            hub,
+            tmp_path,
+            ledger,
+            Meter(Limits(), 1),
+            max_cache_bytes=int(2.5 * BYTES),
+            num_parallel=3,
+        )
+        pending = arrivals.pending
+        assert arrivals.num_bytes == NUM * BYTES + len(b"{}")
         assert len(arrivals.groups()) == NUM
         for stage in arrivals.stages():
             time.sleep(0.1)  # the engine works; what it reads must stay
@@ -174,3 +215,31 @@ def test_candidates_come_in_through_a_cache_smaller_than_they_are(hub: HubServer
     }
     assert arrivals.rows["org/m3"].unit == arrivals.rows["org/m3-again"].unit
     assert hub.count("org/m3-again/resolve") == 0
+
+
+def test_downloads_stop_at_the_budget_whatever_the_plan_expected(hub: HubServer, tmp_path: Path) -> None:
+    hub.fault("model.safetensors", garble)  # the first one: moved in vain
+    limits = Limits(num_bytes=3 * BYTES + 100, given={"max_download_bytes": 3 * BYTES + 100})
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        arrivals = make_arrivals(hub, tmp_path, ledger, Meter(limits, 1), num_parallel=1)
+        assert [task.name for stage in arrivals.stages() for task in stage] == ["org/m0", "org/m1"]
+        rate = ledger.fact("fetch_rate")
+        assert rate is not None
+        assert float(rate) > 0
+    sent = sum(hub.bytes_sent.values())
+    assert 3 * BYTES <= sent <= 3 * BYTES + 100
+    rows = arrivals.rows
+    assert rows["org/m2"].reason == (
+        f"deferred:max_download_bytes: downloads use up budget.max_download_bytes={3 * BYTES + 100}"
+    )
+    assert {rows[f"org/m{i}"].status for i in range(2, NUM)} == {"deferred"}
+
+
+def test_what_is_in_the_cache_is_not_moved_again(hub: HubServer, tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        arrivals = make_arrivals(hub, tmp_path, ledger, Meter(Limits(), 1))
+        for _ in arrivals.stages():
+            pass
+        again = make_arrivals(hub, tmp_path, ledger, Meter(Limits(num_bytes=0.0), 1))
+        assert again.num_bytes == 0
+        assert sum(len(stage) for stage in again.stages()) == NUM

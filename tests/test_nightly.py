@@ -218,7 +218,7 @@ def test_plan_says_what_would_be_fetched(
         del nights.server.repos["org/tomorrow"]
     shown = capfd.readouterr().out
     assert "fetch, admit, audit" in shown
-    assert "1 distinct candidates to fetch" in shown
+    assert "1 fetch, admit, audit" in shown
 
 
 def test_a_token_that_is_not_accepted_is_a_usage_error(

@@ -184,6 +184,21 @@ class Cache:
         return removed
 
 
+def bytes_to_move(root: Path, file: RemoteFile, range_share: float = 1.0) -> int:
+    """How much of a file a cache at `root` lacks; looks, and makes nothing.
+
+    Args:
+        root: The cache's folder.
+        file: The file.
+        range_share: The share of a file that is expected to be wanted when it is read in ranges.
+    """
+    if (root / "blobs" / file.blob).is_file():
+        return 0
+    if file.num_layers is not None:
+        return round(file.num_bytes * range_share)
+    return file.num_bytes - _size(root / "partial" / file.blob)
+
+
 @contextmanager
 def _if_free(path: Path) -> Iterator[bool]:
     """Lock a file against everyone; False when somebody has it, or it is gone."""

@@ -189,7 +189,7 @@ def _read_range(job: Outcome, response: Any, start: int, stop: int) -> Iterator[
 
 
 def _refusal(response: Any) -> Outcome:
-    names = ("ratelimit", "retry-after", "date", "x-error-code")
+    names = ("ratelimit", "ratelimit-policy", "retry-after", "date", "x-error-code")
     kept = {name: response.headers[name][:200] for name in names if name in response.headers}
     return {"outcome": "status", "status": response.status_code, "headers": kept}
 

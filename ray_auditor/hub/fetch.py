@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,9 @@ class Fetcher:
         stall_s: A child that brings no byte for so long is killed.
         max_attempts: How often a file is tried.
         backoff_s: Pause before the second attempt; it doubles from there.
+        ask_to_move: Asked before every attempt at a file; gives the bytes that it is expected to move, or
+            raises CandidateError to stop it.
+        settle: Told how many bytes more, or fewer, than expected a file took that was read in ranges.
     """
 
     def __init__(
@@ -68,11 +71,14 @@ class Fetcher:
         stall_s: float,
         max_attempts: int,
         backoff_s: float = 1.0,
+        ask_to_move: Callable[[RemoteFile], int] = lambda _: 0,
+        settle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.cache = cache
         self.num_bytes = 0  # moved so far
         self._origin, self._limit = origin, limit
         self._stall_s, self._max_attempts, self._backoff_s = stall_s, max_attempts, backoff_s
+        self._ask_to_move, self._settle = ask_to_move, settle
         self._lock = threading.Lock()
         self._busy: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._idle: list[_Child] = []
@@ -122,11 +128,14 @@ class Fetcher:
         for attempt in range(self._max_attempts):
             if attempt:
                 self._wait(attempt)
+            expected = self._ask_to_move(file)
             outcome = self._run(job)
             kind, said = outcome["outcome"], f"{file.name}: {outcome.get('text', '')}"
             if kind == "done":
                 with self._lock:
                     self.num_bytes += outcome["num_moved"]
+                if file.num_layers is not None:  # what ranges come to is known now
+                    self._settle(outcome["num_moved"] - expected)
                 return
             if kind == "corrupt":
                 num_corrupt += 1

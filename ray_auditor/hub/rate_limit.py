@@ -4,17 +4,31 @@ import random
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 MAX_WAIT_S = 600.0  # two of the hub's windows; who asks for more is asked again by the next sweep
+_POLICY = re.compile(r'"(?P<resource>\w+)"\s*;\s*q\s*=\s*(?P<q>\d{1,9})\s*;\s*w\s*=\s*(?P<w>\d{1,9})')
 _LIMIT = re.compile(r'"(?P<resource>\w+)"\s*;\s*r\s*=\s*(?P<r>\d{1,9})\s*;\s*t\s*=\s*(?P<t>\d{1,9})')
 
 
 class RateLimited(Exception):
     """The server asks for a longer pause than this sweep waits, or never ends asking for one."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a server says it allows of one resource."""
+
+    quota: int  # requests a window
+    window_s: int
+
+    def seconds_for(self, num_requests: int) -> int:
+        """Time that so many requests take at least, from the beginning of a window."""
+        return (max(num_requests, 1) - 1) // max(self.quota, 1) * self.window_s
 
 
 @dataclass
@@ -38,6 +52,8 @@ class RateLimit:
     ) -> None:
         self.max_wait_s = max_wait_s
         self.num_pauses = 0
+        self.num_taken: Counter[str] = Counter()  # requests, by resource
+        self.policies: dict[str, Policy] = {}  # by resource, where the server stated one
         self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
         self._windows: dict[str, _Window] = {}
@@ -54,10 +70,9 @@ class RateLimit:
                 wait_s = window.ends - self._clock()
                 if wait_s <= 0:
                     window.remaining = None
-                if window.remaining is None:
-                    return
-                if window.remaining > 0:
-                    window.remaining -= 1
+                if window.remaining is None or window.remaining > 0:
+                    window.remaining = window.remaining and window.remaining - 1
+                    self.num_taken[resource] += 1
                     return
             if wait_s > self.max_wait_s:
                 raise RateLimited(f"the server allows no request for {resource} in the next {wait_s:.0f} s")
@@ -65,7 +80,9 @@ class RateLimit:
             self._sleep(wait_s + random.uniform(0, min(1.0, 0.1 + wait_s / 10)))
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take note of a `RateLimit` header, for the resource that it names."""
+        """Take note of `RateLimit` and `RateLimit-Policy` headers, for the resource that they name."""
+        for said in _POLICY.finditer(headers.get("ratelimit-policy", "")):
+            self.policies[said["resource"]] = Policy(int(said["q"]), int(said["w"]))
         if found := _LIMIT.search(headers.get("ratelimit", "")):
             ends = self._clock() + int(found["t"])
             with self._lock:

@@ -74,6 +74,7 @@ class HubServer(ThreadingHTTPServer):
         self.token = token
         self.page_size = page_size
         self.faults: dict[str, list[Fault]] = {}
+        self.always: dict[str, str] = {}  # headers of every answer of the API
         self.requests: list[str] = []
         self.ranges: list[str] = []
         self.seen_tokens: set[str] = set()
@@ -256,8 +257,8 @@ class Handler(BaseHTTPRequestHandler):
         raise Sent(0)
 
     def _json(self, value: Any, headers: dict[str, str]) -> None:
-        answer = Answer(200, json.dumps(value).encode(), Content_Type="application/json", **headers)
-        raise answer
+        headers = {**self.server.always, **headers}
+        raise Answer(200, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
     def _send(self, answer: Answer) -> None:
         if isinstance(answer, Sent):

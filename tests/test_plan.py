@@ -1,0 +1,219 @@
+"""A plan says what a sweep will do and take, and a sweep keeps to it: a hub on loopback, and the door."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from ray_auditor.__main__ import main
+from tests.hub.hub_server import HubServer, serving
+from tests.test_sweep import Hub
+from tests.tiny import make_adapter
+
+LIMITS = {
+    "RateLimit": '"api";r=499;t=300',
+    "RateLimit-Policy": '"fixed window";"api";q=500;w=300',
+}
+
+
+class Audit:
+    """A hub of three adapters and what cannot be audited, and the command."""
+
+    def __init__(self, root: Path, server: HubServer) -> None:
+        self.server, self.hub = server, Hub(root)
+        self.arguments = [one for one in self.hub.arguments if not one.startswith("candidates.path=")]
+        self.arguments += ["candidates=hub", "candidates.author=org", "download.min_free_bytes=0"]
+        self.sizes = {}
+        for i in range(3):
+            folder = make_adapter(root / f"a{i}", self.hub.base, seed=i, scale=0.02)
+            server.add(f"org/a{i}", folder)
+            names = ("adapter_model.safetensors", "adapter_config.json")
+            self.sizes[f"org/a{i}"] = sum((folder / name).stat().st_size for name in names)
+        server.add("org/pickled", {"pytorch_model.bin": b"x"})
+
+    def run(self, verb: str, *more: str) -> int:
+        self.server.requests.clear()
+        return main([verb, *self.arguments, *more])
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        plan: dict[str, Any] = json.loads((self.hub.out / "plan.json").read_text())
+        return plan
+
+    @property
+    def actions(self) -> dict[str, str]:
+        return {row["id"]: row["action"] for row in self.plan["rows"]}
+
+
+@pytest.fixture(scope="module")
+def audit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audit]:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("HF_HUB_OFFLINE", "0")
+    server = HubServer()
+    server.always = LIMITS
+    with serving(server):
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        yield Audit(tmp_path_factory.mktemp("plan"), server)
+    patch.undo()
+
+
+def test_a_first_plan_counts_and_weighs_and_leaves_no_store(audit: Audit, capfd: Any) -> None:
+    assert audit.run("plan", "budget.max_gpu_hours=9") == 0
+    said = capfd.readouterr().out
+    assert not (audit.hub.out / "store").exists()
+    forecast = audit.plan["forecast"]
+    assert forecast["actions"] == {"fetch": 3, "refuse": 1}
+    assert forecast["reasons"] == {"new": 4}
+    assert forecast["refused"] == {"skipped": 1}
+    # The three adapters' configs are the same bytes, so one file.
+    config = (audit.hub.root / "a0" / "adapter_config.json").stat().st_size
+    assert forecast["bytes_to_move"] == sum(audit.sizes.values()) - 2 * config
+    assert forecast["files_to_move"] == 4
+    assert forecast["requests"]["resolvers"] == {
+        "made": 0,
+        "needed": 4,
+        "quota": None,
+        "window_s": None,
+        "seconds": None,
+    }
+    api = forecast["requests"]["api"]
+    assert api == {"made": 1 + 4, "needed": 0, "quota": 500, "window_s": 300, "seconds": 0}
+    assert forecast["gpu_hours"] is None
+    assert "no unit of these settings is committed yet" in said
+    assert "its limit is held while a sweep runs" in said
+    assert audit.plan["rows"][0]["from"]["commit"] == audit.server.repos["org/a0"].commits[-1][0]
+
+
+def test_a_benchmark_stands_in_until_something_was_measured(audit: Audit) -> None:
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    (path,) = path.glob("sweep_smollm2-135m_float32_CPU_*.json")
+    assert audit.run("plan", f"budget.benchmark={path}", "+budget.prices={cpu: 0.5}") == 0
+    forecast = audit.plan["forecast"]
+    assert path.name in forecast["cost_source"]
+    hours = forecast["gpu_hours"]
+    assert 0 < hours["low"] <= hours["expected"] <= hours["high"] < 1
+    assert forecast["price"]["expected"] == pytest.approx(0.5 * hours["expected"])
+
+
+@pytest.fixture(scope="module")
+def swept(audit: Audit) -> dict[str, Any]:
+    """A plan whose downloads do not all fit, carried out to the letter although the hub has moved on."""
+    most = f"budget.max_download_bytes={audit.sizes['org/a0'] + audit.sizes['org/a1']}"
+    assert audit.run("plan", most) == 0
+    assert audit.actions == {"org/a0": "fetch", "org/a1": "fetch", "org/a2": "defer", "org/pickled": "refuse"}
+    audit.server.add("org/later", make_adapter(audit.hub.root / "later", audit.hub.base, seed=7, scale=0.02))
+    audit.server.add("org/a0", audit.hub.root / "later")
+    assert audit.run("sweep", most, f"plan={audit.hub.out}/plan.json") == 2
+    return audit.hub.summary
+
+
+def test_a_sweep_does_what_the_plan_says_and_asks_nobody_again(audit: Audit, swept: dict[str, Any]) -> None:
+    rows = {row["id"]: row for row in swept["candidates"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "org/a0": "ok",
+        "org/a1": "ok",
+        "org/a2": "deferred",
+        "org/pickled": "skipped",
+    }
+    assert rows["org/a2"]["reason"].startswith("deferred:max_download_bytes: other candidates use up")
+    assert audit.server.count("/api/") == 0
+    asked = [path for path in audit.server.requests if "/resolve/" in path and not path.startswith("cdn")]
+    assert len(asked) == 3  # two adapters, and the config they share
+    pinned = audit.server.repos["org/a0"].commits[0][0]
+    assert any(f"/org/a0/resolve/{pinned}/" in path for path in asked)
+
+
+def test_the_next_plan_knows_the_cost_and_goes_on(audit: Audit, swept: dict[str, Any]) -> None:
+    assert audit.run("plan", "+budget.prices={cpu: 2}") == 0
+    forecast = audit.plan["forecast"]
+    assert audit.actions == {
+        "org/a0": "fetch",
+        "org/a1": "nothing",
+        "org/a2": "fetch",
+        "org/later": "fetch",
+        "org/pickled": "refuse",
+    }
+    assert forecast["reasons"] == {"changed files": 1, "new": 1, "policy retry": 1, "unchanged": 2}
+    assert "4 units of these settings" in forecast["cost_source"]  # two candidates, and the base twice
+    assert forecast["num_units"] == 2  # a0 has become what org/later is
+    assert forecast["gpu_hours"]["expected"] * 3600 == pytest.approx(forecast["wall_s"]["expected"])
+    assert forecast["wall_s"]["expected"] > 1  # a worker's start is part of it
+    assert forecast["price"]["expected"] == pytest.approx(2 * forecast["gpu_hours"]["expected"])
+    assert forecast["move_s"] > 0
+
+
+def test_hours_are_deferred_in_the_order_of_listing(audit: Audit, swept: dict[str, Any], capfd: Any) -> None:
+    assert audit.run("plan", "budget.max_gpu_hours=9") == 0
+    starts = audit.plan["forecast"]["wall_s"]["expected"]
+    assert audit.run("plan", f"budget.max_gpu_hours={(starts - 1e-4) / 3600}") == 0
+    assert {name for name, action in audit.actions.items() if action == "defer"} == {"org/a2"}
+    assert audit.run("plan", "budget.max_gpu_hours=1e-9") == 4
+    assert "must allow for the workers' start" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["flag.seed=3", "cluster.num_workers=2"],
+            r"changed since: cluster.num_workers \(was 1, is 2\), flag.seed",
+        ),
+        (["sae.k=8"], r"settings.* sae.k \(was 16, is 8\)"),
+    ],
+)
+def test_a_plan_of_other_settings_is_refused(
+    audit: Audit, swept: dict[str, Any], changes: list[str], message: str, capfd: Any
+) -> None:
+    assert audit.run("plan") == 0
+    assert audit.run("sweep", f"plan={audit.hub.out}/plan.json", *changes) == 4
+    assert re.search(message, capfd.readouterr().err)
+    assert not audit.server.requests
+
+
+def test_a_plan_of_other_inputs_or_a_smaller_store_is_refused(
+    audit: Audit, swept: dict[str, Any], capfd: Any
+) -> None:
+    suite = audit.hub.root / "suites" / "digits.jsonl"
+    kept = suite.read_text()
+    assert audit.run("plan") == 0
+    suite.write_text(kept + json.dumps({"text": "12345"}) + "\n")
+    assert audit.run("sweep", f"plan={audit.hub.out}/plan.json") == 4
+    assert "inputs, and in" in (said := capfd.readouterr().err)
+    assert "suites_key (was " in said
+    suite.write_text(kept)
+    (key,) = (row["unit_key"] for row in audit.plan["rows"] if row["id"] == "org/a1")
+    commit = audit.hub.out / "store" / "commits" / f"{key}.json"
+    data = commit.read_bytes()
+    commit.unlink()
+    assert audit.run("sweep", f"plan={audit.hub.out}/plan.json") == 4
+    assert "candidates, and in" in (said := capfd.readouterr().err)
+    assert "org/a1 (was nothing, is fetch)" in said
+    commit.write_bytes(data)
+
+
+def test_a_folder_is_held_to_what_it_was(
+    audit: Audit, swept: dict[str, Any], tmp_path: Path, capfd: Any
+) -> None:
+    folder = tmp_path / "candidates"
+    shutil.copytree(audit.hub.root / "a1", folder / "a1")
+    arguments = [*audit.hub.arguments[1:], f"candidates.path={folder}"]
+    assert main(["plan", *arguments]) == 0
+    assert audit.actions == {"a1": "nothing"}  # the same weights under another name
+    shutil.copy(audit.hub.root / "a2" / "adapter_model.safetensors", folder / "a1")
+    assert main(["sweep", *arguments, f"plan={audit.hub.out}/plan.json"]) == 4
+    assert "a1 (was nothing, is audit)" in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_plan_is_named(audit: Audit, capfd: Any) -> None:
+    path = audit.hub.root / "not.json"
+    for text in ("{", "[]", '{"schema_version": 99}'):
+        path.write_text(text)
+        assert audit.run("sweep", f"plan={path}") == 4
+        assert f"plan must be a file that `ray-auditor plan` wrote, got {path}" in capfd.readouterr().err
+    assert audit.run("plan", f"plan={path}") == 4
