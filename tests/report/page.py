@@ -19,6 +19,7 @@ def opened(
     scheme: Scheme = "light",
     script: bool = True,
     fragment: str = "",
+    controls: bool = True,
 ) -> Iterator[Page]:
     """A page whose every request and console message is collected; nothing but the file may be asked for."""
     context = browser.new_context(
@@ -35,7 +36,7 @@ def opened(
     page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri() + fragment)
-    if script and page.locator("#candidate-data").count():
+    if script and controls and page.locator("#candidate-data").count():
         page.locator("#map .controls").wait_for()
     yield page
     assert said == []
