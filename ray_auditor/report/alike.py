@@ -44,6 +44,6 @@ def cluster(rows: tuple[Candidate, ...], suites: tuple[str, ...]) -> tuple[list[
             for row in rows[:ROWS_CLUSTERED]
         ],
         dtype=np.float64,
-    ).reshape(-1, len(suites))
+    ).reshape(len(rows[:ROWS_CLUSTERED]), len(suites))
     columns = order_alike(z_RQ.T) if len(z_RQ) else range(len(suites))
     return order_alike(z_RQ), tuple(suites[at] for at in columns)
