@@ -90,7 +90,8 @@ def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, l
             holds[module] = _holds(slot_a[0, 0], lora_a) & _holds(slot_b[0, 0], lora_b)
     if unplaced := tensors.keys() - holds.keys():
         raise SwapError(f"{len(unplaced)} adapter modules have no slot, first {min(unplaced)}")
-    for module, in_place in zip(holds, torch.stack(list(holds.values())).tolist(), strict=True):
+    in_place_of = torch.stack(list(holds.values())).tolist() if holds else []  # an engine without adapters
+    for module, in_place in zip(holds, in_place_of, strict=True):
         if not in_place:
             raise SwapError(f"{module}: the adapter slot on the device is not the adapter")
 
