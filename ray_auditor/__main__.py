@@ -55,6 +55,10 @@ def verb_function(verb: Verb) -> Callable[[AuditConfig], int]:
         from ray_auditor import doctor
 
         return doctor.run_doctor
+    if verb is Verb.serve:
+        from ray_auditor.serve.app import run_serve
+
+        return run_serve
     from ray_auditor import reading
 
     verbs = {

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 
 from ray_auditor.budget_config import BudgetConfig
 from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig
-from ray_auditor.reading_config import AckConfig, DiffConfig, ShowConfig
+from ray_auditor.reading_config import AckConfig, DiffConfig, ServeConfig, ShowConfig
 
 MAX_K = 128
 
@@ -23,6 +23,7 @@ class Verb(StrEnum):
     show = "show"
     ack = "ack"
     diff = "diff"
+    serve = "serve"
     null = "null"
     calibrate = "calibrate"
     evaluate = "evaluate"
@@ -264,6 +265,7 @@ class AuditConfig:
     show: ShowConfig = field(default_factory=ShowConfig)
     ack: AckConfig = field(default_factory=AckConfig)
     diff: DiffConfig = field(default_factory=DiffConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def require_inputs(self, *, candidates: bool = True) -> None:

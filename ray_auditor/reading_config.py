@@ -39,3 +39,14 @@ class DiffConfig:
     before: str | None = None
     after: str | None = None
     format: Format = Format.terminal
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeConfig:
+    """Where `serve` listens, on this machine's loopback alone."""
+
+    port: int = 8477  # 0 takes any that is free
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"serve.port must be in [0, 65535], got {self.port}; 0 takes any that is free")

@@ -31,7 +31,7 @@ ORDER = (
     ("report",),
     ("engine",),
     ("worker",),
-    ("acknowledgement", "tables", "outputs", "reader", "drilldown", "showing"),
+    ("acknowledgement", "tables", "outputs", "reader", "drilldown", "showing", "serve"),
     ("budget", "cost", "engine_class", "progress_line"),
     ("calibration", "intake", "history"),
     ("plan", "reading"),
@@ -53,6 +53,8 @@ ONLY_IN = {
     "omegaconf": {"__main__", "config"},
     "sae_lens": {"sae"},
     "datasets": {"suites"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
 }
 WITHOUT_TORCH = {
     "store",
@@ -82,6 +84,7 @@ WITHOUT_TORCH = {
     "reader",
     "drilldown",
     "showing",
+    "serve",
     "reading",
     "config",
 }
