@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import ray
 
 from ray_auditor.config import ClusterConfig
+from ray_auditor.dashboard import refuse_exposed
 from ray_auditor.hub.secret import without_secrets
 
 
@@ -15,7 +16,8 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     """A Ray session, local unless an address is given; yields the threads each worker computes with.
 
     Raises:
-        ValueError: The cluster cannot be reached, or is too small for the workers asked for.
+        ValueError: The cluster cannot be reached, is open to everybody, or is too small for the workers asked
+            for.
     """
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -24,12 +26,17 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     if config.address is not None:
         try:
             with without_secrets():
-                ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+                joined = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError) as error:
             raise ValueError(
                 f"cluster.address must be that of a running Ray cluster, got {config.address!r}: {error}; "
                 "start one with `ray start --head`, or leave it out for a local one"
             ) from error
+        try:
+            refuse_exposed(joined.dashboard_url)
+        except ValueError:
+            ray.shutdown()
+            raise
     else:
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
         with without_secrets():  # what Ray starts keeps its environment for as long as it runs

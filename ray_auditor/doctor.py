@@ -5,8 +5,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +16,11 @@ from rich.console import Console
 
 from ray_auditor.candidates_config import Source
 from ray_auditor.config import AuditConfig
+from ray_auditor.dashboard import PORT, REMEDY, is_loopback, probe_dashboard
 from ray_auditor.hub.endpoint import default_url
 
 EXIT_NOT_READY = 2
 MIN_FREE_BYTES = 2 << 30
-DASHBOARD_PORT = 8265
-PROBE_S = 2.0
 
 
 class Floor(NamedTuple):
@@ -200,39 +197,19 @@ def _ray(config: AuditConfig) -> Iterator[Check]:
 
 def check_dashboard(found: Mapping[str, str]) -> Check:
     """Judge what `probe_dashboard` found, by host: who reaches one without a token runs code there."""
-    exposed = [host for host, said in found.items() if said == "open" and not _is_loopback(host)]
+    exposed = [host for host, said in found.items() if said == "open" and not is_loopback(host)]
     if exposed:
         return Check(
             "ray dashboard",
             False,
-            f"open to others at {exposed[0]}:{DASHBOARD_PORT}, without a token",
-            "start Ray with RAY_AUTH_MODE=token or --dashboard-host 127.0.0.1, and keep the port behind a "
-            "firewall: whoever reaches it runs code (CVE-2023-48022)",
+            f"open to others at {exposed[0]}:{PORT}, without a token",
+            REMEDY,
         )
     if "open" in found.values():
         return Check("ray dashboard", True, "open to this machine alone, without a token", "")
     return Check(
         "ray dashboard", True, "asks for a token" if "token" in found.values() else "none answers", ""
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        return False
-
-
-def probe_dashboard(host: str) -> str:
-    """`open`, `token`, or `closed`: what a Ray dashboard says to a stranger who lists its jobs."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"http://{host}:{DASHBOARD_PORT}/api/jobs/", timeout=PROBE_S):
-            return "open"
-    except urllib.error.HTTPError as error:
-        return "token" if error.code in (401, 403) else "closed"
-    except (OSError, ValueError):
-        return "closed"
 
 
 def _hub(config: AuditConfig) -> Iterator[Check]:

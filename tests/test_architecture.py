@@ -40,6 +40,7 @@ ORDER = (
     ("preview",),
     ("reduction", "details", "evaluation", "rivals"),
     ("conclusion", "evaluate"),
+    ("dashboard",),
     ("cluster",),
     ("sweep", "doctor", "null"),
     ("calibrate",),

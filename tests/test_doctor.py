@@ -11,11 +11,13 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from ray_auditor import dashboard as dashboard_room
 from ray_auditor import doctor
 from ray_auditor.__main__ import main
 from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig, Source
 from ray_auditor.config import AuditConfig, ClusterConfig
-from ray_auditor.doctor import FLOORS, VLLM_FLOOR, Check, check_dashboard, check_version, probe_dashboard
+from ray_auditor.dashboard import probe_dashboard
+from ray_auditor.doctor import FLOORS, VLLM_FLOOR, Check, check_dashboard, check_version
 
 
 def config(tmp_path: Path, **changes: Any) -> AuditConfig:
@@ -43,7 +45,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch, status: int, host: str) -> Iterat
             pass
 
     server = ThreadingHTTPServer((host, 0), Handler)
-    monkeypatch.setattr(doctor, "DASHBOARD_PORT", server.server_address[1])
+    monkeypatch.setattr(dashboard_room, "PORT", server.server_address[1])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield
