@@ -82,6 +82,7 @@ def conclude(plan: Plan, failures: Failures) -> int:
         "limits": list(population.limits),
         "settings": _settings(plan),
         "versions": _versions(),
+        "work": plan.describe_work(),
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if reduced.base is not None:

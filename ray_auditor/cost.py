@@ -25,7 +25,8 @@ MAX_LOOKED_AT, MAX_UNITS = (
     500,
 )  # commits read, and units fitted: keys are hashes, so any of them will do
 MIN_SPREAD = 5  # units below which two percentiles say nothing
-BY_TOKENS = ("encode", "rows")  # parts of a record's `seconds` that grow with tokens; the others, with bytes
+# Parts of a record's `seconds` that grow with tokens; the others grow with bytes.
+BY_TOKENS = ("forward", "encode", "rows", "write")
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ class Arrivals:
     meter: Meter
     range_share: float = 1.0
     rows: dict[str, Row] = field(default_factory=dict)  # by id; grows with every stage
+    fetch_s: float = 0.0  # of all downloads
+    fetched_bytes: int = 0
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -223,6 +225,7 @@ class Arrivals:
                     if stage:
                         yield stage
         finally:
+            self.fetch_s, self.fetched_bytes = fetcher.seconds, fetcher.num_bytes
             fetcher.close()
             pool.shutdown(cancel_futures=True)
 

@@ -1,9 +1,10 @@
 """What a sweep will do, before anything runs: its inputs, its candidates, and the units they share."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ray_auditor.budget import Limits, Meter, limits_of, num_devices
 from ray_auditor.calibration import recorded_fits
@@ -23,6 +24,7 @@ from ray_auditor.roster import Row as Row
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
 from ray_auditor.suites import Suites, load_suites
+from ray_auditor.work import Work
 from ray_auditor.worker import Assignment, WorkerSpec
 
 REPLAY = "+replay"  # marks the base's second pass, in another batching, that measures the noise floor
@@ -46,11 +48,18 @@ class Plan:
     meter: Meter  # what a sweep of this plan uses, and may use
     remote: Remote | None = None  # where candidates come from, unless from a folder
     arrivals: Arrivals | None = None  # candidates whose files lie elsewhere; their rows wait for them
+    work: Work = field(default_factory=Work)  # what the units that a sweep of this plan ran took
 
     @property
     def k(self) -> int:
         """Features kept per token: `sae.k`, or all a TopK SAE can have active."""
         return self.base_unit.k
+
+    def describe_work(self) -> dict[str, Any] | None:
+        """What the units that ran took, and what was fetched for them; None when none ran."""
+        if self.arrivals is not None:
+            self.work.fetch_s, self.work.fetched_bytes = self.arrivals.fetch_s, self.arrivals.fetched_bytes
+        return self.work.describe()
 
     @property
     def candidates(self) -> tuple[Row, ...]:

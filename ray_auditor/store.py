@@ -17,6 +17,7 @@ import hashlib
 import mmap
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -121,7 +122,8 @@ class Store:
         Args:
             unit: What was computed.
             rows: Scored tokens with K = `unit.k`; checked here, see `TokenRows.check`.
-            record: JSON-able note kept beside the shard; it takes no part in comparing attempts.
+            record: JSON-able note kept beside the shard; it takes no part in comparing attempts. Its
+                `seconds`, if it has some, gain `write`: what the shard took.
             residuals: Bytes that `read_residuals` gives back, contiguous; at least one.
 
         Returns:
@@ -131,6 +133,7 @@ class Store:
             ValueError: The rows break a rule of `TokenRows`, or the filesystem has no hard links.
             NondeterminismError: The unit is already committed with other rows.
         """
+        begun = time.perf_counter()
         rows.check(k=unit.k, d_sae=unit.d_sae)
         shard = encode_shard(rows, d_sae=unit.d_sae, metadata=unit.metadata())
         sha256 = hashlib.sha256(shard).hexdigest()
@@ -146,6 +149,9 @@ class Store:
         if residuals is not None:
             self._put(self._residuals_path(mine), residuals.data, replace=True)
         self._put(self.root / "shards" / mine.shard_name, shard, replace=True)
+        if "seconds" in record:
+            seconds = record["seconds"] | {"write": round(time.perf_counter() - begun, 4)}
+            note = replace(mine, record={**record, "seconds": seconds}).to_json()
         if self._put(self._commit_path(unit.key), note, replace=False):
             return mine
         if not self.has(unit.key):  # damaged since, so absent: this attempt takes its place

@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -26,9 +26,11 @@ from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate
 from ray_auditor.preview import plan_sweep
 from ray_auditor.report.finding import EXIT_FAILED
+from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
 from ray_auditor.store import ShardError
+from ray_auditor.work import Ran, Work
 from ray_auditor.worker import Assignment, Worker
 
 POLL_S = 0.5
@@ -96,9 +98,10 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
     failures: dict[str, CandidateError | str] = {}
     if (arrivals or any(row.unit for row in plan.candidates)) and (arrivals or todo or stages):
         num_units = len(plan.units) + len(bases) + num_groups
+        metrics = Metrics(Path(config.out_dir), plan.work.describe)
         with (
             cluster(config.cluster) as num_threads,
-            SweepProgress(num_units) as progress,
+            SweepProgress(num_units, tell=metrics.progress) as progress,
             closing(arrivals.stages() if arrivals else iter_nothing()) as arriving,
         ):
             try:
@@ -194,7 +197,7 @@ def run_stages(
     idle = deque(actor.remote(spec) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
     num_tokens, num_done = 0, 0 if num_left is None else progress.total - num_left
-    for number, stage in enumerate(stages):
+    for number, stage in enumerate(timed(stages, plan.work)):
         if number:
             after_stage()
         queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
@@ -215,8 +218,10 @@ def run_stages(
             progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
             for reference in landed_or_overdue(flying):
                 flight = flying.pop(reference)
-                failure = failure_of(reference)
-                if failure is None:
+                outcome = outcome_of(reference)
+                failure = None if isinstance(outcome, Ran) else outcome
+                if isinstance(outcome, Ran):
+                    plan.work.add(outcome)
                     meter.landed(time.monotonic() - flight.begun)
                     idle.append(flight.worker)
                 else:
@@ -267,13 +272,25 @@ def landed_or_overdue(flying: dict[Any, Flight]) -> list[Any]:
     return [*ready, *(reference for reference in waiting if now > flying[reference].deadline)]
 
 
-def failure_of(reference: Any) -> CandidateError | str | None:
-    """None when the assignment was committed; the quarantine line: whatever went wrong ends here.
+def timed(stages: Iterable[Sequence[Assignment]], work: Work) -> Iterator[Sequence[Assignment]]:
+    """The stages; `work` is told how long they were waited for."""
+    following = iter(stages)
+    while True:
+        begun = time.monotonic()
+        stage = next(following, None)
+        work.waited_s += time.monotonic() - begun
+        if stage is None:
+            return
+        yield stage
+
+
+def outcome_of(reference: Any) -> Ran | CandidateError | str:
+    """What the assignment took, once it is committed; the quarantine line: whatever went wrong ends here.
 
     A `CandidateError` that is `failed` is not the candidate's fault but the engine's, worth another try.
     """
     try:
-        ray.get(reference, timeout=0)
+        ran: Ran = ray.get(reference, timeout=0)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, CandidateError):
@@ -283,7 +300,7 @@ def failure_of(reference: Any) -> CandidateError | str | None:
         if isinstance(error, ray.exceptions.GetTimeoutError):
             return "unit_timeout: cluster.unit_timeout_s passed"
         return say(cause or error)
-    return None
+    return ran
 
 
 def say(error: BaseException) -> str:

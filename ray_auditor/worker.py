@@ -2,6 +2,8 @@
 
 # Shape suffixes: T tokens of one prompt, N scored tokens, K = kept features.
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,6 +23,7 @@ from ray_auditor.sae import Sae
 from ray_auditor.store import Store, TokenRows, Unit
 from ray_auditor.suites import Suites
 from ray_auditor.weight_change import BaseWeights, WeightChange
+from ray_auditor.work import Ran
 
 if TYPE_CHECKING:
     from ray_auditor.engine.live import PromptFeatures
@@ -66,6 +69,12 @@ class Assignment:
         """What the queue is ordered by."""
         return self.candidate.candidate.num_bytes if self.candidate else 0
 
+    @property
+    def num_weight_bytes(self) -> int:
+        """Bytes, in their files, that the candidate's weights up to the hook are made of; 0 for the base."""
+        sources = self.candidate.tensors.values() if self.candidate else ()
+        return sum(source.num_bytes for source in sources)
+
 
 class Worker:
     """Owns one live engine. After any exception its state is unknown and the driver discards the actor."""
@@ -86,12 +95,13 @@ class Worker:
             for suite_id, suite in enumerate(spec.suites.suites)
             for number, prompt in enumerate(suite.prompts)
         ]
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
         max_tokens = max(len(prompt.token_ids) for _, _, prompt in self._prompts)
         self._engine = Engine(spec.base, spec.sae, k=spec.k, max_tokens=max_tokens, config=spec.engine)
         self._free_since = time.perf_counter()
         self._start_s: float | None = self._free_since - begun
 
-    def audit(self, assignment: Assignment, upcoming: Assignment | None = None) -> int:
+    def audit(self, assignment: Assignment, upcoming: Assignment | None = None) -> Ran:
         """Load, prove, stream, commit.
 
         Args:
@@ -99,7 +109,7 @@ class Worker:
             upcoming: What this worker is likely to be given next; read while this one computes.
 
         Returns:
-            Tokens run.
+            What it took.
 
         Raises:
             CandidateError: The candidate's files are not what was admitted, or its activations overflow.
@@ -130,15 +140,19 @@ class Worker:
         weights = weighing.result()
         weighed = time.perf_counter()
         seconds = loaded.seconds | {
-            "encode": encoded - begun,
+            "forward": encoded - begun - self._engine.encode_s,
+            "encode": self._engine.encode_s,
             "rows": scored - encoded,
             "weights": begun - started + weighed - scored,
         }
         means = zip(suites, moves.mean_difference_S, strict=True)
+        num_tokens = self._spec.suites.num_tokens
         record = {
             "name": assignment.name,
             "proof": loaded.proof,
-            "num_tokens_run": self._spec.suites.num_tokens,
+            "worker": self._name,
+            "num_tokens_run": num_tokens,
+            "num_weight_bytes": assignment.num_weight_bytes,
             "num_bytes": assignment.num_bytes,
             "mean_difference": {suite.name: _six_digits(mean) for suite, mean in means},
             "weights": {name: _six_digits(value) for name, value in weights.items()},
@@ -146,10 +160,11 @@ class Worker:
             "wait_s": round(wait_s, 4),
             "start_s": start_s and round(start_s, 4),
         }
-        self._free_since, self._start_s = weighed, None
         residuals = recording.to_bytes() if recording is not None else None
         self._store.commit(assignment.unit, rows, record, residuals)
-        return self._spec.suites.num_tokens
+        self._free_since, self._start_s = time.perf_counter(), None
+        seconds |= {"write": self._free_since - weighed, "wait": wait_s, "start": start_s or 0.0}
+        return Ran(self._name, num_tokens, assignment.num_weight_bytes, seconds)
 
     def _weigh(self, candidate: Admitted | None) -> dict[str, float | None]:
         """How far the weights moved, and the seconds that finding it took."""

@@ -18,6 +18,7 @@ ORDER = (
         "reading_config",
         "shard",
         "unit",
+        "work",
         "conformal",
         "durable_file",
     ),

@@ -18,6 +18,7 @@ from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.sweep import BaseFailed, run_stages
+from ray_auditor.work import Ran, Work
 
 
 class Unruly:
@@ -27,7 +28,7 @@ class Unruly:
         self.log = log
         self.used = False
 
-    def audit(self, task: Any, upcoming: Any = None) -> int:
+    def audit(self, task: Any, upcoming: Any = None) -> Ran:
         with open(self.log, "a") as log:
             log.write(f"{task.name} {os.getpid()}\n")
         attempts = Path(self.log).read_text().split().count(task.name)
@@ -45,7 +46,7 @@ class Unruly:
         if kind == "refuse":
             raise CandidateError("rejected", "changed", "the file changed")
         time.sleep(0.05)
-        return 1
+        return Ran(f"host-{os.getpid()}", 10, 100, {"forward": 1.5, "write": 0.25})
 
 
 def task(name: str, num_bytes: int = 0, *, base: bool = False) -> Any:
@@ -76,13 +77,27 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             config=SimpleNamespace(cluster=config),
             worker_spec=lambda _: str(log),
             suites=SimpleNamespace(num_tokens=1),
+            work=run.work,  # type: ignore[attr-defined]
             meter=meter or Meter(Limits(), 1),
         )
         with SweepProgress(sum(map(len, stages))) as progress:
             failures = run_stages(stages, plan, 1, progress)
         return failures, [line.split()[0] for line in log.read_text().splitlines()]
 
+    run.work = Work()  # type: ignore[attr-defined]
     return run
+
+
+def test_what_every_unit_took_is_summed_by_worker_and_in_all(run: Any) -> None:
+    run([task(f"fine-{i}") for i in range(6)] + [task("raise-1")], max_attempts=1)
+    found = run.work.describe()
+    assert {key: found["total"][key] for key in ("num_units", "num_tokens", "num_bytes", "seconds")} == {
+        "num_units": 6, "num_tokens": 60, "num_bytes": 600, "seconds": {"forward": 9.0, "write": 1.5}
+    }  # fmt: skip
+    assert sum(one["num_units"] for one in found["workers"].values()) == 6
+    assert len(found["workers"]) >= 2
+    assert found["wall_s"] > found["waited_s"]
+    assert found["total"]["tokens_per_s"] == pytest.approx(60 / found["wall_s"], rel=0.01)
 
 
 def test_whatever_one_candidate_does_the_others_finish(run: Any) -> None:

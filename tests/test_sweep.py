@@ -255,6 +255,20 @@ def test_the_same_bytes_under_another_name_are_one_unit_with_two_rows(hub: Hub) 
     assert len(hub.commits) == 2 + 4  # the base twice, and four distinct candidates
 
 
+def test_where_the_time_went_is_in_the_summary_and_in_every_record(hub: Hub) -> None:
+    work, store = hub.summary["work"], Store(hub.out / "store")
+    parts = {"stage", "swap", "prove", "adapter", "forward", "encode", "rows", "weights", "write"}
+    for commit in store.list_commits():
+        record = commit.record
+        assert parts == record["seconds"].keys()
+        assert record["worker"] in work["workers"]
+    assert work["total"]["num_units"] == len(hub.commits)
+    assert work["total"]["seconds"].keys() == parts | {"wait", "start"}
+    assert min(work["total"]["seconds"].values()) >= 0
+    assert work["total"]["seconds"]["encode"] > 0
+    assert sum(work["total"]["seconds"].values()) <= len(work["workers"]) * work["wall_s"]
+
+
 def test_base_against_itself_in_another_batching_is_exactly_zero(hub: Hub) -> None:
     assert set(hub.summary["noise_floor"].values()) == {0.0}
 

@@ -54,7 +54,7 @@ class Loaded(NamedTuple):
     """What `Engine.load` did."""
 
     proof: str  # what holds, for the record
-    seconds: dict[str, float]  # swap (waiting for the reader, copying), prove, adapter
+    seconds: dict[str, float]  # stage (waiting for the readers), swap (copying), prove, adapter
 
 
 class Engine:
@@ -89,6 +89,7 @@ class Engine:
         self._names = tuple(name for name in base.tensors if lies_below_hook(name, num_layers))
         self._bundles = TemporaryDirectory(prefix="ray-auditor-adapter-")
         self._num_adapters = 0
+        self.encode_s = 0.0
         self._adapter: AdapterTensors | None = None
         self._inputs = ModelInputs(base, self._names, sae, k)
         self._k = k
@@ -144,10 +145,11 @@ class Engine:
         self._drop_adapter()
         key, tensors = self._weights_of(candidate)
         begun = swapped = time.perf_counter()
+        waited_s = 0.0
         if key != self._loaded:
             self._loaded = ""
             expected = self._staging.swap(key, tensors)
-            swapped = time.perf_counter()
+            swapped, waited_s = time.perf_counter(), self._staging.waited_s
             self._map.prove(expected)
             self._loaded = key
         proven = time.perf_counter()
@@ -161,9 +163,13 @@ class Engine:
                 write_adapter(self._bundle, self._adapter)
             proof = f"{len(self._adapter)} adapter modules value for value in their slot, after the run"
         adapted = time.perf_counter()
-        return Loaded(
-            proof, {"swap": swapped - begun, "prove": proven - swapped, "adapter": adapted - proven}
-        )
+        seconds = {
+            "stage": waited_s,
+            "swap": swapped - begun - waited_s,
+            "prove": proven - swapped,
+            "adapter": adapted - proven,
+        }
+        return Loaded(proof, seconds)
 
     def read_ahead(self, candidate: Admitted | None) -> None:
         """Begin to read what the next `load` will ask for, while the present candidate computes."""
@@ -234,6 +240,7 @@ class Engine:
             use_tqdm=False,
         )
         table = self._pool.close_table().numpy()
+        self.encode_s = self._pool.clock.take()  # of this call: encoding and comparing, the rest is vLLM's
         prove_slot(self._model, self._adapter or {}, self._map.packed)
         k = self._k
         return [

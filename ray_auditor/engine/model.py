@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from ray_auditor.engine.device_clock import DeviceClock
 from ray_auditor.engine.residuals import Comparison, Recording
 from ray_auditor.hub import BaseModel
 from ray_auditor.hub.checkpoint import iter_tensors
@@ -85,6 +86,7 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         self.table: Tensor | None = None
         self.watch: Watch = None
         self.num_rows = 0
+        self.clock = DeviceClock(device)
 
     def open_table(self, num_tokens: int, watch: Watch) -> None:
         """Make room for the rows of a call; request `i` says in `FIRST_ROW` where its own begin.
@@ -95,6 +97,7 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         """
         self.watch = watch
         device = self.encoder.b_enc_F.device
+        self.clock.take()
         self.table = torch.empty(num_tokens, 2 * self.k + NUM_SCALARS, device=device)
         self.num_rows = 0
 
@@ -111,6 +114,10 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
         """Encode one step; nothing is kept of the passes vLLM makes for itself at start."""
+        with self.clock:
+            return self._encode(hidden_states, pooling_metadata)
+
+    def _encode(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
         packed = self.pack(hidden_states)
         cursor = pooling_metadata.get_pooling_cursor()
         counts, ends = cursor.num_scheduled_tokens_cpu, cursor.seq_lens_cpu

@@ -1,5 +1,6 @@
 """Full weights on their way into the engine: read in parallel, ahead of their turn where memory allows."""
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -35,6 +36,7 @@ class Staging:
         self._fits = places.num_bytes <= budget_bytes
         self._copy: dict[str, Tensor] = {}
         self._ahead: tuple[str, Reading] | None = None
+        self.waited_s = 0.0  # of the last swap, for its readers
 
     def read_ahead(self, key: str, specs: Mapping[str, TensorSource]) -> None:
         """Begin to read a candidate while another computes, and return at once; nothing if it does not fit.
@@ -60,12 +62,17 @@ class Staging:
             CandidateError: A file is not the one that was admitted.
             SwapError: A tensor is missing or of another shape.
         """
+        begun = time.perf_counter()
         if self._ahead is None or self._ahead[0] != key:
             self._drop()
-            return _finish(self._read(specs, {name: self._places.rows(name) for name in self._places.slots}))
+            live = {name: self._places.rows(name) for name in self._places.slots}
+            expected = _finish(self._read(specs, live))
+            self.waited_s = time.perf_counter() - begun
+            return expected
         _, reading = self._ahead
         self._ahead = None
         expected = _finish(reading)
+        self.waited_s = time.perf_counter() - begun
         for name, tensor in self._copy.items():
             self._places.rows(name).copy_(tensor)
         return expected

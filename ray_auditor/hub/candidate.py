@@ -84,6 +84,11 @@ class TensorSpec:
     start: int  # bytes from the start of the file
     end: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes in its file."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class MergedTensor:
@@ -104,6 +109,12 @@ class MergedTensor:
     def shape(self) -> tuple[int, ...]:
         """That of the base's tensor."""
         return self.base.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are read to compute it."""
+        parts = (self.base, self.added, self.lora_A, self.magnitude)
+        return sum(part.num_bytes for part in parts if part is not None)
 
 
 TensorSource = TensorSpec | MergedTensor

@@ -75,7 +75,7 @@ class Fetcher:
         settle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.cache = cache
-        self.num_bytes = 0  # moved so far
+        self.num_bytes, self.seconds = 0, 0.0  # moved so far, and what that took, side by side or not
         self._origin, self._limit = origin, limit
         self._stall_s, self._max_attempts, self._backoff_s = stall_s, max_attempts, backoff_s
         self._ask_to_move, self._settle = ask_to_move, settle
@@ -129,7 +129,10 @@ class Fetcher:
             if attempt:
                 self._wait(attempt)
             expected = self._ask_to_move(file)
+            begun = time.monotonic()
             outcome = self._run(job)
+            with self._lock:
+                self.seconds += time.monotonic() - begun
             kind, said = outcome["outcome"], f"{file.name}: {outcome.get('text', '')}"
             if kind == "done":
                 with self._lock:
