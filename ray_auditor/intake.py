@@ -116,6 +116,7 @@ class Arrivals:
         admit: Makes a row of a folder.
         config: Bounds of the cache and of the downloads.
         meter: What they may use; a sweep's own.
+        claim: Adds to an admitted row what its source says of it.
         range_share: The share of full weights that is expected to be wanted when they are read in ranges.
     """
 
@@ -126,6 +127,7 @@ class Arrivals:
     config: AuditConfig
     meter: Meter
     range_share: float = 1.0
+    claim: Callable[[Row, Pinned], Row] = lambda row, _: row
     rows: dict[str, Row] = field(default_factory=dict)  # by id; grows with every stage
     fetch_s: float = 0.0  # of all downloads
     fetched_bytes: int = 0
@@ -243,7 +245,7 @@ class Arrivals:
             if first.unused:
                 row = replace(row, notes=(*row.notes, f"not fetched: {', '.join(first.unused)}"))
             self.recall.remember(first.key, row)
-        self.rows |= {one.id: replace(row, id=one.id) for one in group}
+        self.rows |= {one.id: self.claim(replace(row, id=one.id), one) for one in group}
         unit = row.unit
         if admitted is None or unit is None or unit == self.recall.base_unit or unit.key in self.recall.whole:
             return []

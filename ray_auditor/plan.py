@@ -19,7 +19,16 @@ from ray_auditor.hub.source import Remote, open_remote
 from ray_auditor.intake import Arrivals, Recall, admission_class_of, find_whole, waiting_row
 from ray_auditor.ledger import Ledger
 from ray_auditor.progress_line import say_how_far
-from ray_auditor.roster import Entry, Found, Role, admit_row, distinct_name, keep_apart, list_rows
+from ray_auditor.roster import (
+    Entry,
+    Found,
+    Role,
+    admit_row,
+    distinct_name,
+    keep_apart,
+    list_rows,
+    with_claims,
+)
 from ray_auditor.roster import Row as Row
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
@@ -170,11 +179,15 @@ def make_plan(
     def admit_one(one: Found, role: Role = "candidate") -> tuple[Row, Admitted | None]:
         return admit_row(one, role, base, num_layers, max_lora_rank, base_unit)
 
+    def claim(row: Row, one: Pinned) -> Row:
+        return with_claims(row, one, base, config.candidates.base_model)
+
     for one, role in say_how_far(found, f"of {len(found)} finetunes admitted, known or refused"):
         known, key = recall.row(one)
         admitted = None
         if known is not None:
             row = replace(known, role=role)
+            row = claim(row, one) if isinstance(one, Pinned) else row
         elif isinstance(one, Pinned):
             row = waiting_row(one)
             pending.append(one)
@@ -203,7 +216,9 @@ def make_plan(
         ledger=ledger,
         meter=meter,
         remote=remote,
-        arrivals=Arrivals(pending, remote, recall, admit_one, config, meter, share_below(base, num_layers))
+        arrivals=Arrivals(
+            pending, remote, recall, admit_one, config, meter, share_below(base, num_layers), claim
+        )
         if remote and pending
         else None,
     )

@@ -157,7 +157,8 @@ class PlanFile:
                 return Refused(name, error.status, error.reason)
         if "files" in origin:
             files = {file: (num_bytes, oid) for file, num_bytes, oid in origin["files"]}
-            listed = Listed(name, str(origin["repo"]), str(origin["commit"]))
+            bases = tuple(map(str, origin["bases"]))
+            listed = Listed(name, str(origin["repo"]), str(origin["commit"]), bases=bases)
             pinned = choose_files(listed, listed.revision, files, max_candidate_bytes=self._most)
             return replace(pinned, unused=tuple(map(str, origin["unused"])))
         return Refused(name, origin["status"], str(row["reason"]))
@@ -166,7 +167,8 @@ class PlanFile:
 def _origin(found: Entry) -> dict[str, Any]:
     if isinstance(found, Pinned):
         files = [[file.name, file.num_bytes, file.oid] for file in found.files]
-        return {"repo": found.repo, "commit": found.commit, "files": files, "unused": list(found.unused)}
+        beside = {"unused": list(found.unused), "bases": list(found.bases)}
+        return {"repo": found.repo, "commit": found.commit, "files": files, **beside}
     if isinstance(found, Candidate):
         return {"folder": str(found.path)}
     return {"status": found.status}

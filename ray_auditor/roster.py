@@ -6,6 +6,7 @@ from typing import Literal
 
 from ray_auditor.config import AuditConfig
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, Refused, admit, list_folder
+from ray_auditor.hub.lineage import judge_tags
 from ray_auditor.hub.remote import Pinned
 from ray_auditor.hub.source import Remote, find_candidates
 from ray_auditor.ledger import Ledger
@@ -31,7 +32,7 @@ class Row:
     reason: str | None
     unit: Unit | None
     notes: tuple[str, ...] = ()
-    declared_base: str | None = None  # what an adapter says it was trained on: a claim
+    declared_base: str | None = None  # by its adapter's config, or else by the hub's tags: a claim
     role: Role = "candidate"
 
 
@@ -92,6 +93,24 @@ def keep_apart(row: Row, before: Sequence[Row]) -> Row:
         return row
     reason = f"skipped:is_candidate: its weights are those of the candidate {twins[0]}"
     return replace(row, status="skipped", reason=reason, unit=None)
+
+
+def with_claims(row: Row, pinned: Pinned, base: BaseModel, asked_for: str | None) -> Row:
+    """An admitted row with what its source's tags say of its base, and what speaks against them.
+
+    Args:
+        row: As admission left it, which knows the files alone: they may lie under several names.
+        pinned: The candidate of that name.
+        base: What it is compared with.
+        asked_for: The base's name in the question that found it.
+    """
+    if row.unit is None or not pinned.bases:
+        return row
+    conflicts = judge_tags(base, asked_for, pinned.bases, row.declared_base)
+    # That no base is declared was said of the files; the tags declare one.
+    notes = [note for note in row.notes if not note.startswith("lineage_inferred")]
+    declared = row.declared_base or pinned.bases[0].partition(":")[2]
+    return replace(row, notes=(*notes, *conflicts), declared_base=declared)
 
 
 def admit_row(

@@ -31,7 +31,8 @@ class Audit:
         self.sizes = {}
         for i in range(3):
             folder = make_adapter(root / f"a{i}", self.hub.base, seed=i, scale=0.02)
-            server.add(f"org/a{i}", folder)
+            merged = ("base_model:org/x", "base_model:merge:org/x", "base_model:merge:org/y")
+            server.add(f"org/a{i}", folder, tags=merged if i == 1 else ("base_model:adapter:org/x",))
             names = ("adapter_model.safetensors", "adapter_config.json")
             self.sizes[f"org/a{i}"] = sum((folder / name).stat().st_size for name in names)
         server.add("org/pickled", {"pytorch_model.bin": b"x"})
@@ -122,6 +123,8 @@ def test_a_sweep_does_what_the_plan_says_and_asks_nobody_again(audit: Audit, swe
         "org/pickled": "skipped",
     }
     assert rows["org/a2"]["reason"].startswith("deferred:max_download_bytes: other candidates use up")
+    assert "lineage_merge: the hub's tags make it a merge of 2 models" in rows["org/a1"]["reason"]
+    assert "lineage_merge" not in rows["org/a0"]["reason"]
     assert audit.server.count("/api/") == 0
     asked = [path for path in audit.server.requests if "/resolve/" in path and not path.startswith("cdn")]
     assert len(asked) == 3  # two adapters, and the config they share
@@ -139,6 +142,8 @@ def test_the_next_plan_knows_the_cost_and_goes_on(audit: Audit, swept: dict[str,
         "org/later": "fetch",
         "org/pickled": "refuse",
     }
+    (known,) = (row for row in audit.plan["rows"] if row["id"] == "org/a1")
+    assert known["from"]["bases"] == ["merge:org/x", "merge:org/y"]
     assert forecast["reasons"] == {"changed files": 1, "new": 1, "policy retry": 1, "unchanged": 2}
     assert "4 units of these settings" in forecast["cost_source"]  # two candidates, and the base twice
     assert forecast["num_units"] == 2  # a0 has become what org/later is

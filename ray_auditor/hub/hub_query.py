@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ray_auditor.hub.candidate import CandidateError, printable
 from ray_auditor.hub.endpoint import Endpoint, StatusError, refuse
 from ray_auditor.hub.folder import MAX_FILES
+from ray_auditor.hub.lineage import read_tags
 from ray_auditor.hub.listing import Page
 from ray_auditor.hub.rate_limit import RateLimited
 from ray_auditor.hub.remote import Listed, Pinned, SourceError, choose_files, choose_names
@@ -62,7 +64,7 @@ class HubQuery:
         self._params: list[dict[str, Any]] = [
             fixed
             | ({"filter": [*chosen, *tags]} if [*chosen, *tags] else {})
-            | {"limit": page_size, "expand": ["sha", "gated"]}
+            | {"limit": page_size, "expand": ["sha", "gated", "tags"]}
             for chosen in filters
         ]
 
@@ -116,7 +118,8 @@ class HubQuery:
                 raise SourceError(f"{self.endpoint.url} lists a model without an id")
             if self._wants(repo):
                 sha = item.get("sha")
-                yield Listed(repo, repo, sha if isinstance(sha, str) and COMMIT.fullmatch(sha) else "main")
+                commit = sha if isinstance(sha, str) and COMMIT.fullmatch(sha) else "main"
+                yield Listed(repo, repo, commit, bases=read_tags(item.get("tags")))
 
     def _wants(self, repo: str) -> bool:
         if self._include and not any(fnmatchcase(repo, pattern) for pattern in self._include):
@@ -161,7 +164,7 @@ def pin(
             if error.code != "RevisionNotFound":
                 raise
             # Someone pushed by force between the listing and now: look once more at what there is.
-            commit = _commit_of(Listed(listed.id, listed.repo, "main"), endpoint)
+            commit = _commit_of(replace(listed, revision="main"), endpoint)
             found = choose_names(_read_tree(listed.repo, commit, endpoint))
     except StatusError as error:
         refuse(error, endpoint.url, listed.repo)

@@ -1,9 +1,10 @@
 """Whether a candidate comes from the base: what it says of itself, and what its numbers say.
 
-Evidence, weakest first: the base its model card names, the base its adapter config names, a config that
-computes the same, and how far its weights lie from the base's. Names are claims: they are compared, never
-followed. Only weights convict: a finetune starts from the base's numbers and stays near them, and weights
-that do not come from them lie at least the base's own norm away, whatever their size (docs/threat-model.md).
+Evidence, weakest first: the base a hub's tags or its model card name, the base its adapter config names, a
+config that computes the same, and how far its weights lie from the base's. Names are claims: they are
+compared, never followed. Only weights convict: a finetune starts from the base's numbers and stays near
+them, and weights that do not come from them lie at least the base's own norm away, whatever their size
+(docs/threat-model.md).
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,11 @@ CARD_NAME = "README.md"
 MAX_CARD_BYTES = 64 << 10  # of which the front matter is read
 _CARD_BASE = re.compile(r"base_model:[ \t]*(.*)")
 _CARD_ITEM = re.compile(r"[ \t]*-[ \t]+(.+)")
+MAX_TAGS, MAX_BASES = 1000, 16
+_TAG = re.compile(
+    r"base_model:(?:(finetune|adapter|merge|quantized):)?"
+    r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?)"
+)
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _PATH = re.compile(r"[/~.].*|.*(?:\\|://|/.*/).*", re.DOTALL)
 _CACHED = re.compile(r"models--([A-Za-z0-9._-]+?)--([A-Za-z0-9._-]+)")
@@ -167,6 +173,50 @@ def judge(base: BaseModel, card: Sequence[str], named: str | None, closeness: Cl
         conflicts.append("lineage_inferred: no base is declared; every module has the shape of the base's")
     agrees = {_last(name) for name in own} & {_last(name) for _, name in claims}
     return Lineage("of_base" if agrees else "unknown", tuple(evidence), tuple(conflicts))
+
+
+def read_tags(tags: Any) -> tuple[str, ...]:
+    """RELATION:NAME of every base that a hub's tags name; `unknown` where they do not say how.
+
+    Args:
+        tags: What the listing has under `tags`; anything.
+    """
+    found: dict[str, str] = {}
+    for tag in tags[:MAX_TAGS] if isinstance(tags, list) else ():
+        if isinstance(tag, str) and (match := _TAG.fullmatch(tag)):
+            relation, name = match[1] or "unknown", match[2]
+            if found.get(name, "unknown") == "unknown":
+                found[name] = relation
+    return tuple(f"{relation}:{name}" for name, relation in list(found.items())[:MAX_BASES])
+
+
+def judge_tags(
+    base: BaseModel, asked_for: str | None, tagged: Sequence[str], named: str | None
+) -> tuple[str, ...]:
+    """Contradictions of a hub's tags, the weakest evidence there is, with what is known better.
+
+    Args:
+        base: What a candidate should come from.
+        asked_for: The base's name in the question that found the candidate.
+        tagged: As `read_tags` gave them.
+        named: The base that the adapter's config names.
+    """
+    own = ([asked_for] if asked_for else []) + list(_own_names(base))
+    names = [one.partition(":")[2] for one in tagged]
+    known = {_last(name) for name in (*own, base.path.name)}
+    conflicts = [
+        f"lineage_conflict: the hub's tags name {name}, the base is {own[0]}"
+        for name in names
+        if own and _last(name) not in known
+    ]
+    if named and names and not _PATH.fullmatch(named) and _last(named) not in {_last(name) for name in names}:
+        conflicts.append(
+            f"lineage_conflict: the hub's tags name {names[0]}, adapter_config.json {printable(named, 80)}"
+        )
+    if len(names) > 1 or any(one.startswith("merge:") for one in tagged):
+        what = f"a merge of {len(names)} models" if len(names) > 1 else "a merge"
+        conflicts.append(f"lineage_merge: the hub's tags make it {what}; it is compared with one base")
+    return tuple(conflicts)
 
 
 def read_card(folder: Path, names: Sequence[str]) -> tuple[str, ...]:

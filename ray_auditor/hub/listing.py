@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 from ray_auditor.hub.remote import Listed, RemoteFile
 
+VERSION = 1  # of the tables
 MAX_AGE_S = 24 * 3600.0  # an older beginning says too little about tonight's hub
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS listed (
-    number INTEGER PRIMARY KEY, id TEXT UNIQUE, repo TEXT, revision TEXT, files TEXT, is_local INTEGER
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE, repo TEXT, revision TEXT, files TEXT, is_local INTEGER,
+    bases TEXT
 );
 CREATE TABLE IF NOT EXISTS state (identity TEXT, cursor TEXT, is_done INTEGER, begun REAL);
 """
@@ -71,9 +73,15 @@ def _read(path: Path, source: Pages, limit: int | None) -> Iterator[Listed]:
     with closing(sqlite3.connect(path, timeout=60)) as db:
         # A killed process loses nothing by it; what a power cut could lose, another listing finds again.
         db.execute("PRAGMA synchronous = OFF")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version != VERSION:  # another release's: a listing can be made anew
+            db.executescript("DROP TABLE IF EXISTS listed; DROP TABLE IF EXISTS state")
         db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {VERSION}")
         cursor, num_known = _take_up(db, json.dumps([source.identity, limit]))
-        for row in db.execute("SELECT id, repo, revision, files, is_local FROM listed ORDER BY number"):
+        for row in db.execute(
+            "SELECT id, repo, revision, files, is_local, bases FROM listed ORDER BY number"
+        ):
             yield _from_row(row)
         if num_known == limit:
             return
@@ -107,9 +115,11 @@ def _take_up(db: sqlite3.Connection, identity: str) -> tuple[str | None, int]:
 def _add(db: sqlite3.Connection, listed: Listed) -> bool:
     """Keep a candidate unless its id is known; whether it was new."""
     files = json.dumps([astuple(file) for file in listed.files]) if listed.files is not None else None
-    row = (listed.id, listed.repo, listed.revision, files, int(listed.is_local))
+    bases = json.dumps(listed.bases)
+    row = (listed.id, listed.repo, listed.revision, files, int(listed.is_local), bases)
     if db.execute(
-        "INSERT OR IGNORE INTO listed (id, repo, revision, files, is_local) VALUES (?, ?, ?, ?, ?)", row
+        "INSERT OR IGNORE INTO listed (id, repo, revision, files, is_local, bases) VALUES (?, ?, ?, ?, ?, ?)",
+        row,
     ).rowcount:
         return True
     (repo,) = db.execute("SELECT repo FROM listed WHERE id = ?", (listed.id,)).fetchone()
@@ -118,7 +128,7 @@ def _add(db: sqlite3.Connection, listed: Listed) -> bool:
     return False
 
 
-def _from_row(row: tuple[str, str, str, str | None, int]) -> Listed:
-    name, repo, revision, files, is_local = row
+def _from_row(row: tuple[str, str, str, str | None, int, str]) -> Listed:
+    name, repo, revision, files, is_local, bases = row
     known = None if files is None else tuple(RemoteFile(*file) for file in json.loads(files))
-    return Listed(name, repo, revision, known, bool(is_local))
+    return Listed(name, repo, revision, known, bool(is_local), tuple(json.loads(bases)))

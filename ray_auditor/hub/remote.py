@@ -72,6 +72,7 @@ class Listed:
     revision: str = ""
     files: tuple[RemoteFile, ...] | None = None
     is_local: bool = False
+    bases: tuple[str, ...] = ()  # RELATION:NAME of what the source's tags say it was made from: claims
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Pinned:
     kind: Kind
     files: tuple[RemoteFile, ...]  # wanted ones, by name
     unused: tuple[str, ...] = ()  # code and pickles that lie beside them, and stay where they are
+    bases: tuple[str, ...] = ()  # as `Listed.bases`
 
     @cached_property
     def key(self) -> str:
@@ -162,7 +164,7 @@ def choose_files(listed: Listed, commit: str, found: dict[str, Any], *, max_cand
             )
         files.append(file)
     unused = [n for n in names if n.lower().endswith(_NOTED)]
-    pinned = Pinned(listed.id, listed.repo, commit, kind, tuple(files), tuple(unused[:5]))
+    pinned = Pinned(listed.id, listed.repo, commit, kind, tuple(files), tuple(unused[:5]), listed.bases)
     if pinned.num_bytes > max_candidate_bytes:
         raise CandidateError(
             "skipped",

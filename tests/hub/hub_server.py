@@ -113,7 +113,10 @@ class HubServer(ThreadingHTTPServer):
                 continue
             if (search := query.get("search", [""])[0]) and search not in name:
                 continue
-            found.append({"_id": name, "id": name, "sha": repo.commits[-1][0], "gated": repo.gated})
+            found.append(
+                {"_id": name, "id": name, "sha": repo.commits[-1][0], "gated": repo.gated}
+                | {"tags": list(repo.tags)}
+            )
         return found
 
     def handle_error(self, request: Any, client_address: Any) -> None:

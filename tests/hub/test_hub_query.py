@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +261,25 @@ def test_a_hub_that_does_not_answer_defers_the_candidate(server: HubServer) -> N
     assert refusal(Listed("m", "org/m"), server).code == "unreachable"
     server.fault("/api/models/org/m", answer(429, RateLimit='"api";r=0;t=3000'))
     assert refusal(Listed("m", "org/m"), server).code == "ratelimit"
+
+
+def test_tags_survive_a_listing_that_is_broken_off(server: HubServer, tmp_path: Path) -> None:
+    tags = ("base_model:org/base", "base_model:adapter:org/base", "license:mit")
+    server.add("org/m0", FILES, tags=tags)
+    listing = read_listing(tmp_path / "l", query(server))
+    first = next(listing)
+    listing.close()
+    again = next(read_listing(tmp_path / "l", query(server)))  # from the file: nothing is asked
+    assert first == again
+    assert first.bases == ("adapter:org/base",)
+    assert pin(first, endpoint(server), max_candidate_bytes=1 << 30).bases == first.bases
+
+
+def test_a_listing_of_another_release_is_made_anew(server: HubServer, tmp_path: Path) -> None:
+    server.add("org/m0", FILES)
+    with closing(sqlite3.connect(tmp_path / "l")) as db:
+        db.executescript(
+            "CREATE TABLE listed (number INTEGER PRIMARY KEY, id TEXT UNIQUE, repo TEXT);"
+            "CREATE TABLE state (identity TEXT, cursor TEXT, is_done INTEGER, begun REAL);"
+        )
+    assert [listed.id for listed in read_listing(tmp_path / "l", query(server))] == list(server.repos)

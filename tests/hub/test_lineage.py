@@ -15,8 +15,10 @@ from ray_auditor.hub.lineage import (
     Closeness,
     check_statistics,
     judge,
+    judge_tags,
     measure_closeness,
     read_card,
+    read_tags,
 )
 from ray_auditor.hub.weights import read_weights
 
@@ -186,3 +188,34 @@ def test_a_card_of_gigabytes_is_read_at_its_head(hub: Hub) -> None:
         file.write(b"---\nbase_model: org/a\n")
         file.truncate(1 << 32)
     assert read_card(folder, ["README.md"]) == ("org/a",)
+
+
+def test_tags_are_read_as_claims_and_nothing_else() -> None:
+    tags = ["license:mit", "base_model:org/base", "base_model:finetune:org/base", "base_model:merge:org/b"]
+    assert read_tags(tags) == ("finetune:org/base", "merge:org/b")
+    assert read_tags(["base_model:org/base"]) == ("unknown:org/base",)
+    hostile = ["base_model:../../etc", "base_model:finetune:<script>", "base_model:" + "x" * 500, 7, None]
+    assert read_tags(hostile) == ()
+    assert read_tags("base_model:org/base") == read_tags(None) == ()
+    assert len(read_tags([f"base_model:org/m{i}" for i in range(5000)])) == 16
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "tags", "named", "conflicts"),
+    [
+        ("org/base", None, ("finetune:org/base",), None, []),
+        ("org/base", None, ("finetune:other/Base",), "org/base", []),  # a mirror's name of the same
+        (None, None, ("finetune:org/else",), None, []),  # what the base is called is not known
+        (None, "org/base", ("adapter:org/else",), None, ["tags name org/else, the base is org/base"]),
+        ("org/base", None, ("adapter:org/else",), "org/base", ["tags name org/else", "adapter_config.json"]),
+        ("org/base", None, ("adapter:org/base",), "/home/me/x", []),  # a path is no name
+        ("org/base", None, ("merge:org/base",), None, ["lineage_merge: the hub's tags make it a merge;"]),
+        (None, None, ("merge:a/x", "merge:b/y"), None, ["a merge of 2 models"]),
+    ],
+)
+def test_tags_are_the_weakest_evidence_and_their_contradictions_are_findings(
+    own: str | None, asked: str | None, tags: tuple[str, ...], named: str | None, conflicts: list[str]
+) -> None:
+    found = judge_tags(base_named(own), asked, tags, named)
+    assert len(found) == len(conflicts)
+    assert all(part in said for part, said in zip(conflicts, found, strict=True))
