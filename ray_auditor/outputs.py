@@ -13,6 +13,7 @@ from ray_auditor.report.finding import list_findings
 from ray_auditor.report.html import render_html
 from ray_auditor.report.junit import render_junit
 from ray_auditor.report.markdown import render_markdown
+from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.sarif import render_sarif
 from ray_auditor.tables import candidates_table, rates_table, to_ipc
 
@@ -54,7 +55,9 @@ FINDINGS = pa.schema(
 
 
 def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
-    """Write every output of a summary into `out_dir`; `summary.json` last, for the others follow from it.
+    """Write every output of a summary into `out_dir`, and its metrics.
+
+    `summary.json` comes last, for the others follow from it.
 
     Args:
         summary: What `summary.json` is to hold.
@@ -81,6 +84,7 @@ def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
     temp = out_dir / "store" / "tmp"
     for name in OUTPUTS:
         put_file(out_dir / name, rendered[name], temp=temp if temp.is_dir() else out_dir, replace=True)
+    Metrics(out_dir).conclude(read_back)
     return read_back
 
 

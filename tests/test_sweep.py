@@ -293,6 +293,17 @@ def test_findings_are_the_flags_one_row_each(hub: Hub) -> None:
     assert {row["rule"] for row in found} == {"seed_rate_15"}  # too few peers for another
 
 
+def test_metrics_say_how_the_sweep_ended(hub: Hub) -> None:
+    lines = (hub.out / "metrics.prom").read_text().splitlines()
+    counts = hub.summary["counts"]
+    assert 'ray_auditor_running{sweep="out"} 0.0' in lines
+    assert 'ray_auditor_exit_code{sweep="out"} 1' in lines
+    for status in ("ok", "flagged", "rejected", "skipped"):
+        assert f'ray_auditor_candidates{{sweep="out",status="{status}"}} {counts[status]}' in lines
+    refused = sum((row["reason"] or "").startswith("rejected:nonfinite") for row in hub.summary["candidates"])
+    assert f'ray_auditor_units{{sweep="out",state="failed"}} {refused}' in lines
+
+
 def test_the_summary_follows_its_published_schema(hub: Hub) -> None:
     schema = json.loads((Path(__file__).parent.parent / "docs" / "summary.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)

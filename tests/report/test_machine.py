@@ -190,7 +190,7 @@ def test_markdown_names_the_open_findings_first(with_content: dict[str, Any]) ->
 def test_every_output_is_written_and_says_the_same(with_content: dict[str, Any], tmp_path: Path) -> None:
     with_content["exit_code"] = exit_code_of(with_content)
     read_back = write_outputs(with_content, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(OUTPUTS)
+    assert {path.name for path in tmp_path.iterdir()} == {*OUTPUTS, "metrics.prom"}
     assert json.loads((tmp_path / "summary.json").read_text()) == read_back
     table = pq.read_table(tmp_path / "findings.parquet")
     assert table.schema == FINDINGS
