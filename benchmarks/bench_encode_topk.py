@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import random
 import statistics
 import subprocess
 import time
@@ -18,10 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from auditor_kernels import EncoderWeights, encode_topk, hopper
+from auditor_kernels import EncoderWeights, encode_topk, fvu_parts, hopper
 from auditor_kernels.dispatch import Implementation, choose, launch
 from auditor_kernels.encode_topk_ref import encode_topk_ref
-from encode_topk_cases import DEVICE_ROWS, check_many_rows, count_misses, make_encoder, perturbed
+from encode_topk_cases import DEVICE_ROWS, check_many_rows, count_misses, make_encoder, perturbed, sae_like
 from encode_topk_report import cpu_claims, cuda_claims, line, markdown, row_claims
 from torch import Tensor
 from torch.nn import functional
@@ -38,20 +39,22 @@ SHAPES = [
     (2304, 16384, 65536),
     (4096, 65536, 16384),
 ]
+SAE_LIKE_SHAPES = [(2304, 16384, 16384), (2304, 65536, 16384), (4096, 131072, 8192)]
 CPU_SHAPE = (576, 9216, 2048)
 
 
 def interleaved_ms(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, all taken in turn, in an order that turns, so that heat is shared.
+    """Median milliseconds of each call, taken in turn, each round in another order.
 
-    A call gets its round's number, to rotate its inputs. Two runs back to back make one measurement.
+    The card is limited by power, so a call's time depends on what ran before it: a fixed order favours those
+    that follow light ones. A call gets its round's number, to rotate its inputs; two runs make a measurement.
     """
+    order = random.Random(0)
     times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
     for turn in range(rounds):
-        names = list(calls)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in order.sample(list(calls), len(calls)):
             call = calls[name]
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -84,30 +87,35 @@ def extra_memory(call: Callable[[int], object]) -> int:
 
 
 def bench_cuda_shape(
-    d_in: int, d_sae: int, tokens: int, k: int, rounds: int, baselines: bool
+    d_in: int, d_sae: int, tokens: int, k: int, rounds: int, baselines: bool, data: str = "gaussian"
 ) -> dict[str, object]:
     """All rows of one shape; correctness of each of ours on 512 rows first."""
     encoder = make_encoder(d_in, d_sae, "cuda", torch.bfloat16)
-    w_fd, bias = encoder.W_enc_DF.t(), encoder.b_enc_F.bfloat16()
     base = [torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    if data == "sae-like":
+        pairs = [sae_like(tokens, encoder) for _ in range(3)]
+        base, encoder = [x for x, _ in pairs], pairs[0][1]
+    w_fd, bias = encoder.W_enc_DF.t(), encoder.b_enc_F.bfloat16()
     tuned = [perturbed(x) for x in base]
-    hints = [launch(Implementation.GROUPS, x, encoder, k, None).val_NK[:, -1].contiguous() for x in base]
+    hints = [launch(Implementation.FILTER, x, encoder, k, None).val_NK[:, -1].contiguous() for x in base]
     flops = 2 * tokens * d_in * d_sae
 
     calls: dict[str, Callable[[int], object]] = {}
     rows: dict[str, dict[str, object]] = {}
-    for which in DEVICE_ROWS:
-        if which is Implementation.HOPPER and hopper.load()[0] is None:
+    for row, (which, hinted) in DEVICE_ROWS.items():
+        if which is not Implementation.FILTER and hopper.load()[0] is None:
             continue
-        launcher = launch(which, tuned[0], encoder, k, hints[0])
+        launcher = launch(which, tuned[0], encoder, k, hints[0] if hinted else None)
         sample = torch.randperm(tokens, device="cuda")[:512]
         check = count_misses(tuned[0][sample], encoder, launcher.idx_NK[sample], k)
         if check["misses"]:
-            raise SystemExit(f"{which} at {d_in}x{d_sae}, k {k}: {check}; nothing is timed")
-        rows[which] = {**check, "recomputed": launcher.num_recomputed()}
-        calls[which] = functools.partial(_ours, which, tuned, hints, encoder, k)
+            raise SystemExit(f"{row} at {d_in}x{d_sae}, k {k}: {check}; nothing is timed")
+        rows[row] = {**check, "recomputed": launcher.num_recomputed()}
+        calls[row] = functools.partial(_ours, which, tuned, hints if hinted else None, encoder, k)
     gemm = functools.partial(_gemm, tuned, w_fd, bias)
     calls["cublas-gemm"] = gemm
+    top = encode_topk(tuned[0], encoder, k=k)
+    calls["fvu-parts"] = lambda _: fvu_parts(tuned[0], top, encoder)
     slow: dict[str, Callable[[int], object]] = {}
     if baselines:
         slow["torch-eager"] = lambda i: torch.topk(gemm(i), k, dim=-1)
@@ -135,15 +143,21 @@ def bench_cuda_shape(
         "d_sae": d_sae,
         "tokens": tokens,
         "k": k,
+        "data": data,
         "rows": rows,
         "device_state": device_state(),
     }
 
 
 def _ours(
-    which: Implementation, xs: list[Tensor], hints: list[Tensor], encoder: EncoderWeights, k: int, i: int
+    which: Implementation,
+    xs: list[Tensor],
+    hints: list[Tensor] | None,
+    encoder: EncoderWeights,
+    k: int,
+    i: int,
 ) -> object:
-    launcher = launch(which, xs[i % 3], encoder, k, hints[i % 3])
+    launcher = launch(which, xs[i % 3], encoder, k, hints[i % 3] if hints else None)
     return launcher.val_NK, launcher.idx_NK
 
 
@@ -223,6 +237,10 @@ def main() -> None:
                 results.append(bench_cuda_shape(*shape, k, options.rounds, options.baselines))
                 print(line(results[-1]), flush=True)
                 torch.cuda.empty_cache()
+        for shape in SAE_LIKE_SHAPES:
+            results.append(bench_cuda_shape(*shape, 32, options.rounds, False, "sae-like"))
+            print(line(results[-1]), flush=True)
+            torch.cuda.empty_cache()
         many = check_many_rows(options.many_rows) if options.many_rows else []
         for row in many:
             print(row, flush=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from auditor_kernels import EncoderWeights
 from auditor_kernels.dispatch import Implementation, launch
 from torch import Tensor
 
-DEVICE_ROWS = [Implementation.HOPPER, Implementation.FILTER, Implementation.GROUPS]
+# Name of a row, what runs, and whether it is told the base's k-th values.
+DEVICE_ROWS = {
+    "hopper-filter": (Implementation.HOPPER, False),
+    "hopper-filter, hint": (Implementation.HOPPER, True),
+    "triton-filter": (Implementation.FILTER, False),
+    "triton-filter, hint": (Implementation.FILTER, True),
+    "hopper-int8": (Implementation.INT8, False),
+    "hopper-int8, hint": (Implementation.INT8, True),
+}
 # A finetune's residuals differ from the base's by noise of this relative size.
 FINETUNE_NOISE = 0.1
 
@@ -20,7 +30,24 @@ def make_encoder(d_in: int, d_sae: int, device: str, dtype: torch.dtype) -> Enco
         block.copy_(rows / rows.norm(dim=1, keepdim=True))
     zeros = torch.zeros(d_sae, device=device)
     bias = torch.randn(d_sae, device=device) * 0.02
-    return EncoderWeights(w_fd.t(), bias, zeros, torch.zeros(d_in, device=device), None, None)
+    return EncoderWeights(w_fd.t(), bias, zeros, torch.zeros(d_in, device=device), w_fd, None)
+
+
+def sae_like(num_tokens: int, encoder: EncoderWeights) -> tuple[Tensor, EncoderWeights]:
+    """Residuals made of a few popular features and of large dimensions, and the encoder with a negative bias.
+
+    48 of the features, chosen by a power law, with exponential amplitudes, over noise; 8 dimensions are 5
+    times as large. In outline what trained encoders see; it has a gap where Gaussian data have none.
+    """
+    w_fd = encoder.W_enc_DF.t()
+    d_sae, d_in = w_fd.shape
+    x_nd = torch.randn(num_tokens, d_in, device=w_fd.device) * 0.35
+    for _ in range(48):
+        chosen = (d_sae * torch.rand(num_tokens, device=w_fd.device) ** 3).long().clamp(max=d_sae - 1)
+        amplitude = torch.empty(num_tokens, 1, device=w_fd.device).exponential_() * 12 + 1
+        x_nd += w_fd[chosen].float() * amplitude
+    x_nd[:, :8] *= 5
+    return x_nd.to(w_fd.dtype), replace(encoder, b_enc_F=encoder.b_enc_F - 0.5)
 
 
 def perturbed(x_nd: Tensor) -> Tensor:
@@ -56,17 +83,15 @@ def check_many_rows(total: int) -> list[dict[str, object]]:
     tokens, results = 16384, []
     for d_in, d_sae, k in ((896, 14336, 32), (896, 14336, 64), (2304, 16384, 32)):
         encoder = make_encoder(d_in, d_sae, "cuda", torch.bfloat16)
-        counts = {which: {"rows": 0, "sets_differ": 0, "misses": 0, "recomputed": 0} for which in DEVICE_ROWS}
-        while counts[DEVICE_ROWS[0]]["rows"] < total / 3:
+        counts = {row: {"rows": 0, "sets_differ": 0, "misses": 0, "recomputed": 0} for row in DEVICE_ROWS}
+        while counts["hopper-filter"]["rows"] < total / 3:
             base = torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16)
             tuned = perturbed(base)
-            hint = launch(Implementation.GROUPS, base, encoder, k, None).val_NK[:, -1].contiguous()
-            for which in DEVICE_ROWS:
-                launcher = launch(which, tuned, encoder, k, hint)
-                counts[which]["recomputed"] += launcher.num_recomputed()
+            hint = launch(Implementation.FILTER, base, encoder, k, None).val_NK[:, -1].contiguous()
+            for row, (which, hinted) in DEVICE_ROWS.items():
+                launcher = launch(which, tuned, encoder, k, hint if hinted else None)
+                counts[row]["recomputed"] += launcher.num_recomputed()
                 for name, number in count_misses(tuned, encoder, launcher.idx_NK, k).items():
-                    counts[which][name] += number
-        results += [
-            {"d_in": d_in, "d_sae": d_sae, "k": k, "which": which, **c} for which, c in counts.items()
-        ]
+                    counts[row][name] += number
+        results += [{"d_in": d_in, "d_sae": d_sae, "k": k, "row": row, **c} for row, c in counts.items()]
     return results

@@ -1,11 +1,13 @@
-"""The portable designs: group top-M without a hint, threshold filter with one, exact rows for the rest."""
+"""A call as a sequence of launches: a floor per token, a filter, a certificate, exact rows for the rest."""
 
 # Shape suffixes: T tokens of a chunk, N all tokens, F = d_sae, K = kept features.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,14 @@ MEMORY_SHARE = 0.05
 FLOOR_BYTES = 64 << 20
 # Tokens recomputed more often than this are not worth a faster first pass.
 EXPECTED_RECOMPUTED = 1e-4
-MAX_PER_GROUP = 8
+MAX_PER_GROUP = 12
 ROW_SLICES = 64
+# Where there is no guess, the scores of a 16th of the features stand for all: so many at least and at most.
+SAMPLED_FEATURES = (2048, 4096)
+# How often they may mislead.
+MISLED = 1e-6
+# Candidates that a bound on 8-bit scores cannot exclude, for each one that passes the floor.
+INT8_CANDIDATES = 2
 
 
 def per_group(expected: int, d_sae: int) -> int | None:
@@ -37,8 +45,39 @@ def per_group(expected: int, d_sae: int) -> int | None:
     return None
 
 
-def capacity(kept: int, d_sae: int) -> int:
-    """Slots of a token's candidate list: within the memory share where k allows it."""
+class Sample(NamedTuple):
+    """Every `stride`-th feature is scored; the `rank`-th largest of those scores is the floor."""
+
+    stride: int
+    rank: int
+    expected: int  # candidates of a token, on average
+    capacity: int  # and at most, but for `MISLED` of the tokens
+
+
+def _at_least(successes: int, trials: int, p: float) -> float:
+    """P(a binomial variable reaches `successes`), the smaller tail summed."""
+    below = [math.comb(trials, i) * p**i * (1 - p) ** (trials - i) for i in range(min(successes, trials + 1))]
+    above = (math.comb(trials, i) * p**i * (1 - p) ** (trials - i) for i in range(successes, trials + 1))
+    return 1 - sum(below) if len(below) < trials // 2 else sum(above)
+
+
+@functools.cache
+def choose_sample(kept: int, d_sae: int) -> Sample:
+    """The least rank whose floor is almost never above the `kept`-th score, were the sample a random one."""
+    least, most = SAMPLED_FEATURES
+    stride = max(1, d_sae // min(max(least, d_sae // 16), most))
+    p = 1 / stride
+    # The floor is too high if `rank` of the `kept` largest are among the sampled.
+    rank = next(r for r in range(1, kept + 2) if _at_least(r, kept, p) <= MISLED)
+    capacity = rank * stride if stride > 1 else 2 * rank + 32
+    # It is too low if fewer than `rank` of the `capacity` largest are.
+    while stride > 1 and 1 - _at_least(rank, capacity, p) > MISLED:
+        capacity += 16
+    return Sample(stride, rank, rank * stride, min(capacity, d_sae))
+
+
+def hint_capacity(kept: int, d_sae: int) -> int:
+    """Slots of a token's candidate list where a guess is known: within the memory share where k allows it."""
     return max(5 * kept // 2, min(512, d_sae // 88), 32)
 
 
@@ -71,38 +110,23 @@ def _chunks(launcher: Launcher, bytes_per_token: int) -> Iterator[tuple[slice, T
     launcher.recompute(listed, space)
 
 
-def encode_filter(launcher: Launcher, hint_N: Tensor, filter_pass: FilterPass | None = None) -> None:
-    """One GEMM whose epilogue keeps what exceeds a floor per token; `filter_pass` replaces Triton's."""
+def encode_filter(launcher: Launcher, hint_N: Tensor | None, filter_pass: FilterPass | None = None) -> None:
+    """One GEMM whose epilogue keeps what exceeds a floor per token; `filter_pass` replaces Triton's.
+
+    The floor comes from a guess of the k-th value, or else from a second, small GEMM over some features.
+    """
+    sample = choose_sample(launcher.kept, launcher.d_sae)
+    expected = sample.expected if hint_N is None else 2 * launcher.kept
+    m = per_group(expected, launcher.d_sae) or MAX_PER_GROUP
     # A guess that is no number admits nothing, and the token is recomputed; below 0 it is as good as 0.
-    floor_n = hint_N.float() * HINT_SLACK
-    m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
+    floor_n = None if hint_N is None else hint_N.float() * HINT_SLACK
     for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap):
-        floor = floor_n[part]
+        floor = launcher.sampled_floor(part, sample.stride, sample.rank) if floor_n is None else floor_n[part]
         if filter_pass is None:
-            launcher.gemm(part, m, floor, count, cand, None)
+            launcher.gemm(part, m, floor, count, cand)
         else:
             filter_pass(part, floor, count, cand)
         launcher.rank(part, floor, count, cand, listed)
-
-
-def encode_groups(launcher: Launcher) -> None:
-    """One GEMM that keeps the top M of every group of 64; no floor needed, values to 17 bits of mantissa."""
-    # One more than a group may hold: a token is marked when a group's last key reaches the bound.
-    m = 1 + (per_group(launcher.kept, launcher.d_sae) or MAX_PER_GROUP)
-    floor_n = launcher.x_ND.new_zeros(launcher.x_ND.shape[0], dtype=torch.float32)
-    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * m * (launcher.d_sae // 64)):
-        launcher.groups_pass(part, m, floor_n[part], count, cand, floor_only=False)
-        launcher.rank(part, floor_n[part], count, cand, listed)
-
-
-def encode_two_pass(launcher: Launcher) -> None:
-    """Group maxima for a floor that holds, then the filter: two GEMMs, all 24 bits of mantissa."""
-    m = per_group(2 * launcher.kept, launcher.d_sae) or MAX_PER_GROUP
-    floor_n = launcher.x_ND.new_zeros(launcher.x_ND.shape[0], dtype=torch.float32)
-    for part, count, listed, cand in _chunks(launcher, 8 * launcher.cap + 4 * (launcher.d_sae // 64)):
-        launcher.groups_pass(part, 1, floor_n[part], count, cand, floor_only=True)
-        launcher.gemm(part, m, floor_n[part], count, cand, None)
-        launcher.rank(part, floor_n[part], count, cand, listed)
 
 
 def encode_rows(launcher: Launcher) -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 OVERRIDE = "AUDITOR_KERNELS"
 # Below this many tokens the exact row kernel reads W once and needs no second look.
 FEW_TOKENS = 16
-# A thread of the Hopper filter has 10 slots for 128 elements; about 2k of F features pass a good hint.
-HOPPER_FEATURES_PER_KEPT = 150
+# A thread of the Hopper filter has 15 slots for 128 elements: at 1 in 40 it almost never needs more.
+HOPPER_FEATURES_PER_CANDIDATE = 40
 
 
 class Implementation(StrEnum):
@@ -33,10 +33,8 @@ class Implementation(StrEnum):
     SCREENED = "cpu-screened"
     ROWS = "triton-rows"
     FILTER = "triton-filter"
-    GROUPS = "triton-groups"
-    TWO_PASS = "triton-two-pass"
     HOPPER = "hopper-filter"
-    INT8 = "triton-int8"
+    INT8 = "hopper-int8"
 
 
 def choose(
@@ -58,35 +56,30 @@ def choose(
         if not screened.takes(encoder, k):
             return Implementation.REFERENCE, "device is cpu; two-sided, thresholds differ, or k is dense"
         return Implementation.SCREENED, "device is cpu with bfloat16 tiles (AMX)"
-    from auditor_kernels.designs import per_group  # Triton is imported on the first CUDA call only
+    from auditor_kernels.designs import choose_sample, per_group  # Triton: on the first CUDA call only
 
     d_sae = encoder.W_enc_DF.shape[1]
     kept = min(k, encoder.max_active or k)
+    floor = "a hint" if hinted else "a sample of features"
+    expected = 2 * kept if hinted else choose_sample(kept, d_sae).expected
     if num_tokens <= FEW_TOKENS:
         return Implementation.ROWS, f"{num_tokens} tokens, at most {FEW_TOKENS}"
-    if per_group(2 * kept, d_sae) is None:
-        return (
-            Implementation.ROWS,
-            f"k {kept} is too large a part of {d_sae} features for any filter to certify",
-        )
+    if per_group(expected, d_sae) is None:
+        reason = f"k {kept} is too large a part of {d_sae} features for any filter to certify"
+        return Implementation.ROWS, reason
     if dtype == torch.float32 or encoder.W_enc_DF.dtype != dtype:
-        return (
-            (Implementation.FILTER, "float32, hint known")
-            if hinted
-            else (Implementation.TWO_PASS, "float32, no hint")
-        )
-    if not hinted:
-        return Implementation.GROUPS, "16-bit, no hint"
+        return Implementation.FILTER, f"floor from {floor}, float32"
     if torch.cuda.get_device_capability(device) != (9, 0):
-        return Implementation.FILTER, "hint known, not a Hopper GPU"
+        return Implementation.FILTER, f"floor from {floor}, not a Hopper GPU"
     if encoder.two_sided:
-        return Implementation.FILTER, "hint known, two-sided encoder"
-    if d_sae < HOPPER_FEATURES_PER_KEPT * kept:
-        return Implementation.FILTER, f"hint known, k {kept} is dense for {d_sae} features"
+        return Implementation.FILTER, f"floor from {floor}, two-sided encoder"
+    if d_sae < HOPPER_FEATURES_PER_CANDIDATE * expected:
+        return Implementation.FILTER, f"floor from {floor}, k {kept} is dense for {d_sae} features"
     from auditor_kernels import hopper
 
     library, reason = hopper.load()
-    return (Implementation.HOPPER if library else Implementation.FILTER), f"hint known, Hopper GPU, {reason}"
+    which = Implementation.HOPPER if library else Implementation.FILTER
+    return which, f"floor from {floor}, Hopper GPU, {reason}"
 
 
 def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Tensor | None = None) -> TopK:
@@ -121,27 +114,20 @@ def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Te
 def launch(
     which: Implementation, resid_ND: Tensor, encoder: EncoderWeights, k: int, hint_N: Tensor | None
 ) -> Launcher:
-    """Run one of the device implementations; the launcher holds the outputs and what was recomputed.
-
-    Raises:
-        ValueError: a filter is asked for without a hint.
-    """
+    """Run one of the device implementations; the launcher holds the outputs and what was recomputed."""
     from auditor_kernels import designs, hopper, int8_screen
     from auditor_kernels.launch import Launcher
     from auditor_kernels.prepared import prepare
 
     prepared = prepare(encoder, resid_ND.dtype)
-    kept = min(k, encoder.max_active or k)
-    cap = designs.capacity(kept, encoder.W_enc_DF.shape[1])
+    kept, d_sae = min(k, encoder.max_active or k), encoder.W_enc_DF.shape[1]
+    sampled = designs.choose_sample(kept, d_sae).capacity
+    cap = sampled if hint_N is None else designs.hint_capacity(kept, d_sae)
+    if which is Implementation.INT8:
+        cap *= designs.INT8_CANDIDATES
     launcher = Launcher(prepared, prepared.match(resid_ND), k, kept, cap)
     if which is Implementation.ROWS:
         designs.encode_rows(launcher)
-    elif which is Implementation.GROUPS:
-        designs.encode_groups(launcher)
-    elif which is Implementation.TWO_PASS:
-        designs.encode_two_pass(launcher)
-    elif hint_N is None:
-        raise ValueError(f"{which} needs hint_N, got None; unset {OVERRIDE}")
     elif which in (Implementation.HOPPER, Implementation.INT8):
         room = hopper if which is Implementation.HOPPER else int8_screen
         designs.encode_filter(launcher, hint_N, functools.partial(room.filter_pass, launcher))
@@ -157,5 +143,7 @@ def describe_dispatch(encoder: EncoderWeights, *, k: int, num_tokens: int, dtype
         device = encoder.W_enc_DF.device
         which, why = choose(device, dtype, num_tokens, encoder, k, hinted=hinted)
         lines.append(f"encode_topk {'with' if hinted else 'without'} a hint: {which} ({why})")
-    lines.append(f"{Implementation.INT8} never runs by itself ({OVERRIDE} asks for it): nobody timed it")
+    lines.append(
+        f"{Implementation.INT8} runs only if {OVERRIDE} asks for it: it copies the weights, see docs"
+    )
     return lines

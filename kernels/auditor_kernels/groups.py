@@ -4,10 +4,10 @@ A group is the 64 of a tile's columns that one thread holds (columns 8j + 2q + {
 layout), so the epilogue needs no shuffle. Each value's low mantissa bits are replaced by its place in the
 group, which makes the keys of a group distinct and carries the index for free: keys keep 17 bits of mantissa.
 
-Without a hint every group's M largest keys are written (`[T, M, F / 64]`), for `select` to rank. With a
-threshold per token only keys above it are appended to the token's candidate list (with EXACT, which costs
-registers, their values are kept to the last bit). Either way a group that may have held more than M is
-reported, never trusted.
+With a floor per token only keys above it are appended to the token's candidate list (with EXACT, which
+costs registers, their values are kept to the last bit); a group that may have held more than M is reported,
+never trusted. Without one every group's M largest keys are written (`[T, M, F / 64]`): over a sample of the
+features they give the floor, `ranked_key`.
 """
 
 # Shape suffixes: T tokens, D = d_in, F = d_sae. W is feature-major, [F, D].
@@ -161,55 +161,16 @@ def group_gemm(
                     key = tl.where(key < top[:, :, None], key, -2147483648)
 
 
-@triton.jit(do_not_specialize=["groups", "kept", "CAP"])
-def select(
-    keys_ptr,
-    floor_ptr,
-    count_ptr,
-    cand_ptr,
-    groups,
-    kept,
-    CAP,
-    M: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
-    FLOOR_ONLY: tl.constexpr,
-    BN: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """From group maxima to candidates, one program per token.
-
-    The kept-th largest of the group maxima is a lower bound of the kept-th largest score, because as many
-    distinct features reach it. All keys at or above it become candidates. If a group's last recorded key
-    reaches it too, that group may hold more, and the token is marked as overflowed. With FLOOR_ONLY only the
-    bound is written.
-    """
-    LOW: tl.constexpr = 7 if TWO_SIDED else 6
-    low_mask: tl.constexpr = (1 << LOW) - 1
+@triton.jit(do_not_specialize=["number", "rank"])
+def ranked_key(keys_ptr, floor_ptr, number, rank, WIDTH: tl.constexpr):
+    """One token per program: the `rank`-th largest of its `number` keys as a score, or 0."""
     row = tl.program_id(0)
-    base = keys_ptr + row.to(tl.int64) * M * groups
-    group = tl.arange(0, WIDTH)
-    key = tl.load(base + group, mask=group < groups, other=0)
+    at = tl.arange(0, WIDTH)
+    key = tl.load(keys_ptr + row.to(tl.int64) * number + at, mask=at < number, other=0)
     bound = 0
-    for step in range(31 - LOW):
+    # The low bits of a key are its place: 16 high bits are all that a floor needs.
+    for step in range(15):
         trial = bound | (1 << (30 - step))
-        enough = tl.sum((key >= trial).to(tl.int32), axis=0) >= kept
+        enough = tl.sum((key >= trial).to(tl.int32), axis=0) >= rank
         bound = tl.where(enough, trial, bound)
-    if FLOOR_ONLY:
-        tl.store(floor_ptr + row, bound.to(tl.float32, bitcast=True))
-    else:
-        bound = tl.maximum(bound, low_mask + 1)
-        count = 0
-        for p in tl.static_range(M):
-            if p > 0:
-                key = tl.load(base + p * groups + group, mask=key >= bound, other=0)
-            hit = key >= bound
-            number = hit.to(tl.int32)
-            at = count + tl.cumsum(number, axis=0) - 1
-            place = key & low_mask
-            negative = place & 1 if TWO_SIDED else place * 0
-            feature = group_column(group, place // 2 if TWO_SIDED else place, BN)
-            packed = pack_key(middle_bits(key, LOW), feature, negative)
-            tl.store(cand_ptr + row.to(tl.int64) * CAP + at, packed, mask=hit & (at < CAP))
-            count += tl.sum(number, axis=0)
-        overflowed = tl.max(key, axis=0) >= bound
-        tl.store(count_ptr + row, tl.where(overflowed, OVERFLOW, count))
+    tl.store(floor_ptr + row, bound.to(tl.float32, bitcast=True))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from auditor_kernels.groups import group_gemm, select
+from auditor_kernels.groups import group_gemm, ranked_key
 from auditor_kernels.prepared import Prepared
 from auditor_kernels.rank import rank_candidates, rank_slices, recompute_slices
+
+# Longer lists than these many are not ranked: their tokens are recomputed.
+MAX_LOG_WIDE = 11
 
 
 @dataclass(frozen=True)
@@ -60,23 +64,47 @@ class Launcher:
         """Tokens that did not certify and were recomputed (asks the device, hence waits for it)."""
         return 0 if self.listed is None else int(self.listed)
 
-    def gemm(
-        self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor, keys: Tensor | None
-    ) -> None:
-        """The GEMM over one chunk; into `keys` if given, else the filter into `count` and `cand`."""
-        prepared, tiles = self.prepared, self.tiles
+    def gemm(self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor) -> None:
+        """The filter over one chunk, into `count` and `cand`."""
+        self._gemm(part, 1, m, floor, count, cand, None)
+
+    def sampled_floor(self, part: slice, stride: int, rank: int) -> Tensor:
+        """About the `rank`-th largest score of every `stride`-th feature: float32 [T], 0 if not active."""
         x_td = self.x_ND[part]
+        groups = -(-len(self.prepared.w_FD[::stride]) // self.tiles.columns) * (self.tiles.columns // 64)
+        # A group may hold more of the largest than it keeps; then the floor is a little lower, which is safe.
+        m = next(m for m in range(1, rank + 1) if 20 * math.comb(rank, m + 1) <= groups**m)
+        keys = x_td.new_empty(len(x_td), m, groups, dtype=torch.int32)
+        floor = x_td.new_empty(len(x_td), dtype=torch.float32)
+        self._gemm(part, stride, m, floor, floor, floor, keys)
+        width = triton.next_power_of_2(m * groups)
+        ranked_key[(len(x_td),)](keys, floor, m * groups, rank, width, num_warps=1 if width <= 512 else 4)
+        return floor
+
+    def _gemm(
+        self,
+        part: slice,
+        stride: int,
+        m: int,
+        floor: Tensor,
+        count: Tensor,
+        cand: Tensor,
+        keys: Tensor | None,
+    ) -> None:
+        """Every `stride`-th feature; into `keys` if given, else the filter into `count` and `cand`."""
+        prepared, tiles = self.prepared, self.tiles
+        x_td, w_fd = self.x_ND[part], prepared.w_FD[::stride]
         group_gemm[(tiles.programs,)](
             TensorDescriptor.from_tensor(x_td, [tiles.rows, tiles.depth]),
-            TensorDescriptor.from_tensor(prepared.w_FD, [tiles.columns, tiles.depth]),
-            prepared.bias_F,
-            prepared.threshold_F,
+            TensorDescriptor.from_tensor(w_fd, [tiles.columns, tiles.depth]),
+            prepared.bias_F[::stride].contiguous(),
+            prepared.threshold_F[::stride].contiguous(),
             floor,
             count if keys is None else keys,
             count,
             cand,
             x_td.shape[0],
-            self.d_sae,
+            w_fd.shape[0],
             self.width,
             self.cap,
             m,
@@ -94,33 +122,9 @@ class Launcher:
             num_stages=tiles.stages,
         )
 
-    def groups_pass(
-        self, part: slice, m: int, floor: Tensor, count: Tensor, cand: Tensor, floor_only: bool
-    ) -> None:
-        """Group maxima of a chunk, then its candidates (or only the floor that they prove)."""
-        tokens = floor.shape[0]
-        groups = -(-self.d_sae // self.tiles.columns) * (self.tiles.columns // 64)
-        keys = cand.new_empty(tokens, m, groups, dtype=torch.int32)
-        self.gemm(part, m, floor, count, cand, keys)
-        width = triton.next_power_of_2(groups)
-        select[(tokens,)](
-            keys,
-            floor,
-            count,
-            cand,
-            groups,
-            self.kept,
-            self.cap,
-            m,
-            self.prepared.two_sided,
-            floor_only,
-            self.tiles.columns,
-            width,
-            num_warps=1 if width <= 512 else 4,
-        )
-
     def rank(self, part: slice, floor: Tensor, count: Tensor, cand: Tensor, listed: Tensor) -> None:
         """Certify and rank a chunk; what does not certify goes on the list."""
+        log_wide = min(max(self.cap - 1, 127).bit_length(), MAX_LOG_WIDE)
         rank_candidates[(count.shape[0],)](
             self.x_ND,
             floor,
@@ -135,8 +139,8 @@ class Launcher:
             self.kept,
             self.cap,
             self.prepared.overflow_bound,
-            max(self.cap - 1, 127).bit_length(),
-            num_warps=1,
+            log_wide,
+            num_warps=1 if log_wide <= 10 else 2,
         )
 
     def recompute(self, listed: Tensor, space: Tensor) -> None:

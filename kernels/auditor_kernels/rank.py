@@ -25,6 +25,28 @@ def _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG: t
     write_row(sort_keys(keys, 0, 0, LOG), out_val_ptr, out_idx_ptr, token, k, kept, 1 << LOG)
 
 
+@triton.jit
+def _shorten(list_ptr, count, kept, LOG_WIDE: tl.constexpr):
+    """Move the candidates that may be among the `kept` largest to the front of the list; how many they are.
+
+    The largest value that `kept` of them reach is found bit by bit; more remain only if they equal it, and a
+    token where too many do for one sort is recomputed.
+    """
+    slot = tl.arange(0, 1 << LOG_WIDE)
+    keys = tl.load(list_ptr + slot, mask=slot < count, other=0)
+    bits = (keys >> 32).to(tl.int32)
+    bound = 0
+    for step in range(31):
+        trial = bound | (1 << (30 - step))
+        bound = tl.where(tl.sum((bits >= trial).to(tl.int32), axis=0) >= kept, trial, bound)
+    reaches = (bits >= bound) & (keys > 0)
+    number = reaches.to(tl.int32)
+    tl.debug_barrier()  # all have read the list before any of it is overwritten
+    tl.store(list_ptr + tl.cumsum(number, axis=0) - 1, keys, mask=reaches)
+    tl.debug_barrier()
+    return tl.sum(number, axis=0)
+
+
 @triton.jit(do_not_specialize=["first", "k", "kept", "CAP", "overflow_bound"])
 def rank_candidates(
     x_ptr,
@@ -60,13 +82,19 @@ def rank_candidates(
         size += tl.abs(tl.load(x_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32))
     certified = certified & (tl.sum(size, axis=0) < overflow_bound)
     list_ptr = cand_ptr + row.to(tl.int64) * CAP
-    if certified:
+    certified = certified & (count <= (1 << LOG_WIDE))
+    if certified & (count > LIST):
+        if count <= 256:
+            count = _shorten(list_ptr, count, kept, 8)
+        elif count <= 512:
+            count = _shorten(list_ptr, count, kept, 9)
+        else:
+            count = _shorten(list_ptr, count, kept, LOG_WIDE)
+    if certified & (count <= LIST):
         if (count <= 64) & (k <= 64):
             _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, 6)
-        elif count <= LIST:
-            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG_LIST)
         else:
-            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, LOG_WIDE)
+            _rank_list(list_ptr, count, out_val_ptr, out_idx_ptr, token, k, kept, 7)  # LIST
     else:
         at = tl.atomic_add(listed_ptr, 1)
         tl.store(listed_ptr + 1 + at, token)

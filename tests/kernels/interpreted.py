@@ -4,14 +4,8 @@ import functools
 import sys
 
 import torch
-from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts, int8_screen
-from auditor_kernels.designs import (
-    capacity,
-    encode_filter,
-    encode_groups,
-    encode_rows,
-    encode_two_pass,
-)
+from auditor_kernels import EncoderWeights, TopK, encode_topk, fvu_parts, hopper, int8_rounding, int8_screen
+from auditor_kernels.designs import choose_sample, encode_filter, encode_rows, hint_capacity
 from auditor_kernels.launch import Launcher
 from auditor_kernels.prepared import prepare
 from auditor_kernels.reconstruct import fvu_rows
@@ -22,9 +16,9 @@ def run(design, resid, encoder, k, *, hint=None, cap=None):
     """One design on poisoned outputs; returns the result and how many tokens were recomputed."""
     prepared = prepare(encoder, resid.dtype)
     kept = min(k, encoder.max_active or k)
-    launcher = Launcher(
-        prepared, prepared.match(resid), k, kept, cap or capacity(kept, encoder.b_enc_F.shape[0])
-    )
+    d_sae = encoder.b_enc_F.shape[0]
+    slots = choose_sample(kept, d_sae).capacity if hint is None else hint_capacity(kept, d_sae)
+    launcher = Launcher(prepared, prepared.match(resid), k, kept, cap or slots)
     launcher.val_NK.fill_(7.0)
     launcher.idx_NK.fill_(7)
     if design is encode_filter:
@@ -38,6 +32,25 @@ def run(design, resid, encoder, k, *, hint=None, cap=None):
 
 def encode_int8():
     """Names the filter whose product is of integers; `run` knows it."""
+
+
+def model_of_filter_int8(launcher, screen, x, coins, sums, floor, count, cand):
+    """What `hopper_filter.cu` does with 8-bit operands, in torch: the one part that no interpreter runs."""
+    step_t1, rest_t1, size_t1 = x.scalars[:, :3].split(1, dim=1)
+    score = (x.q.double() @ screen.q_FE.double().T).float() * screen.step_F * step_t1 + screen.table_F4[:, 2]
+    tile = screen.tiles.repeat_interleave(int8_rounding.TILE, 0)[: launcher.d_sae]
+    error = coins * ((step_t1 * tile[:, 0]) ** 2 + (rest_t1 * tile[:, 1]) ** 2).sqrt()
+    error += sums * (size_t1 * tile[:, 0] + tile[:, 2])
+    hit = score > torch.maximum(torch.where(floor < 0, 0.0, floor)[:, None], tile[:, 3]) - error
+    count += hit.sum(1).int()
+    for row, passed in enumerate(hit):
+        feature = passed.nonzero().flatten()
+        feature = feature[torch.randperm(len(feature))][: launcher.cap]
+        bits = score[row, feature].view(torch.int32).long() << 32
+        cand[row, : len(feature)] = bits | ((0x3FFFFFFF - feature) * 2)
+
+
+hopper.filter_int8 = model_of_filter_int8
 
 
 def kth_value(resid, encoder, k):
@@ -55,8 +68,9 @@ def check_designs(dtype, **encoder_options):
     resid[3, 2] = torch.nan
     resid[5, 1] = -torch.inf
     resid[7, 0] = 1e3
-    for design in (encode_rows, encode_filter, encode_groups, encode_two_pass):
-        top, _ = run(design, resid, encoder, 9, hint=kth_value(resid.nan_to_num(), encoder, 9))
+    guess = kth_value(resid.nan_to_num(), encoder, 9)
+    for design, hint in ((encode_rows, None), (encode_filter, guess), (encode_filter, None)):
+        top, _ = run(design, resid, encoder, 9, hint=hint)
         assert_exact(resid, encoder, 9, top, bits=16)
 
 
@@ -92,30 +106,37 @@ def case_hints():
 
 def case_int8():
     """Good hints certify, bad ones and crowded lists do not; values keep 24 bits; an outlier does no harm."""
-    encoder = make_encoder(64, 2048)
-    resid = torch.randn(16, 64)
-    resid[:, 3] *= 1e4
+    encoder = make_encoder(64, 2048, dtype=torch.float16)
+    resid = torch.randn(16, 64).half()
+    resid[:, 3] *= 1e3
+    source, share = int8_rounding.split_dimensions(resid)
+    assert (source == 3).sum() > 50  # the outlier is taken in many parts
+    assert (torch.zeros(64).index_add(0, source.long(), share) - 1).abs().max() < 1e-5
     hint = kth_value(resid, encoder, 8)
-    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=64)
+    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=128)
     assert recomputed <= 2
     assert_exact(resid, encoder, 8, top)
     hint[0:2] *= 100
     hint[2] = torch.nan
     hint[3] = torch.inf
     hint[4:6] = 0
-    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=64)
+    top, recomputed = run(encode_int8, resid, encoder, 8, hint=hint, cap=128)
     assert 6 <= recomputed <= 8
     assert_exact(resid, encoder, 8, top)
     top, recomputed = run(encode_int8, resid, encoder, 8, hint=kth_value(resid, encoder, 40), cap=16)
     assert recomputed == 16
     assert_exact(resid, encoder, 8, top)
+    top, recomputed = run(
+        encode_int8, torch.randn(16, 64).half(), encoder, 8, cap=256
+    )  # no hint; it splits as before
+    assert recomputed <= 2
 
 
 def case_int8_classes():
-    """Thresholds, gates and two sides, sizes that are multiples of nothing, rows that are not finite."""
+    """Thresholds, gates, sizes that are multiples of nothing, rows that are not finite."""
     for dtype, options in (
         (torch.float16, {"threshold": 0.5, "max_active": 6}),
-        (torch.float32, {"two_sided": True, "threshold": 0.2}),
+        (torch.float16, {"threshold": 1.5}),
     ):
         encoder = make_encoder(33, 301, dtype=dtype, **options)
         resid = torch.randn(8, 33).to(dtype)
@@ -135,9 +156,9 @@ def case_overflow_fails_closed():
     bias[: 8 * 12] += 50
     crowded = EncoderWeights(encoder.W_enc_DF, bias, encoder.threshold_F, encoder.b_dec_D, None, None)
     resid = torch.randn(16, 16)
-    for design in (encode_filter, encode_groups, encode_two_pass):
-        top, recomputed = run(design, resid, crowded, 40, hint=kth_value(resid, crowded, 40))
-        assert recomputed == 16, design
+    for hint in (kth_value(resid, crowded, 40), None):
+        top, recomputed = run(encode_filter, resid, crowded, 40, hint=hint)
+        assert recomputed == 16
         assert_exact(resid, crowded, 40, top, bits=16)
     low = kth_value(resid, encoder, 30)
     top, recomputed = run(encode_filter, resid, encoder, 5, hint=low, cap=8)
@@ -149,11 +170,50 @@ def case_ties():
     """Equal scores everywhere: the certificate fails and the lowest indices win."""
     ones = torch.ones(700)
     encoder = EncoderWeights(torch.zeros(16, 700), ones, ones * 0, torch.zeros(16), None, None)
-    for design in (encode_rows, encode_groups):
+    for design in (encode_rows, encode_filter):
         top, recomputed = run(design, torch.randn(16, 16), encoder, 20)
         assert recomputed == 16
         assert (top.top_idx_NK == torch.arange(20)).all()
         assert (top.top_acts_NK == 1).all()
+
+
+def case_sample():
+    """A sample of features gives a floor that certifies; one that misleads is noticed."""
+    encoder = make_encoder(16, 6144)  # every third feature is sampled
+    resid = torch.randn(16, 16)
+    top, recomputed = run(encode_filter, resid, encoder, 8)
+    assert recomputed == 0
+    assert_exact(resid, encoder, 8, top)
+    bias = encoder.b_enc_F.clone()
+    bias[::3] += (
+        torch.arange(2048) * 1e-3 + 9
+    )  # the sampled features alone are large: the floor is too high ...
+    bias[::3][:7] += 50
+    lifted = EncoderWeights(encoder.W_enc_DF, bias, encoder.threshold_F, encoder.b_dec_D, None, None)
+    top, recomputed = run(encode_filter, resid, lifted, 8)
+    assert_exact(resid, lifted, 8, top)
+    assert recomputed <= 16
+    bias = encoder.b_enc_F - 100
+    bias[1::3] += 200  # ... or no sampled feature is active, and the floor is 0
+    sunk = EncoderWeights(encoder.W_enc_DF, bias, encoder.threshold_F, encoder.b_dec_D, None, None)
+    top, recomputed = run(encode_filter, resid, sunk, 8)
+    assert recomputed == 16
+    assert_exact(resid, sunk, 8, top)
+
+
+def case_long_lists():
+    """Lists of more than 128 candidates are shortened before they are sorted, unless too many are equal."""
+    encoder = make_encoder(16, 8192)
+    resid = torch.randn(16, 16)
+    top, recomputed = run(encode_filter, resid, encoder, 100)  # about 190 candidates
+    assert recomputed <= 1
+    assert_exact(resid, encoder, 100, top)
+    ones = torch.zeros(8192)
+    ones[::50] = 1
+    equal = EncoderWeights(torch.zeros(16, 8192), ones, ones * 0, torch.zeros(16), None, None)
+    top, recomputed = run(encode_filter, resid, equal, 100, hint=torch.full((16,), 0.5))
+    assert recomputed == 16  # 164 equal scores are more than one sort takes
+    assert (top.top_idx_NK == torch.arange(0, 5000, 50)).all()
 
 
 def case_fvu():

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 ON_CPU = (Implementation.REFERENCE, Implementation.SCREENED)
 ALL = [which for which in Implementation if which not in ON_CPU]
+ON_HOPPER = (Implementation.HOPPER, Implementation.INT8)
 FILTERS = [Implementation.FILTER, Implementation.HOPPER, Implementation.INT8]
 
 
@@ -28,9 +29,8 @@ def run(
     hint: torch.Tensor | None = None,
 ) -> tuple[TopK, int]:
     """Run with outputs' memory poisoned first, so that a row nobody wrote cannot look right."""
-    if which is Implementation.HOPPER and hopper.load()[0] is None:
+    if which in ON_HOPPER and hopper.load()[0] is None:
         pytest.skip(hopper.load()[1])
-    hint = kth_value(resid, encoder, k) if hint is None else hint
     poison = torch.full((resid.shape[0], k), 7, dtype=torch.int32, device=DEVICE)
     del poison
     launcher = launch(which, resid, encoder, k, hint)
@@ -52,16 +52,27 @@ def run(
     ],
 )
 def test_every_implementation(which, dtype, n, d, f, k, threshold, max_active, two_sided):
-    if which is Implementation.HOPPER and (dtype == torch.float32 or two_sided):
+    if which in ON_HOPPER and (dtype == torch.float32 or two_sided):
         pytest.skip(
-            "the Hopper filter takes 16-bit types and one-sided encoders; dispatch sends the rest to Triton"
+            "the Hopper filters take 16-bit types and one-sided encoders; dispatch sends the rest to Triton"
         )
     encoder = make_encoder(
         d, f, threshold=threshold, max_active=max_active, two_sided=two_sided, dtype=dtype, device=DEVICE
     )
     resid = torch.randn(n, d, device=DEVICE).to(dtype)
-    top, _ = run(which, resid, encoder, k)
-    assert_exact(resid, encoder, k, top, bits=16)
+    for hint in (None, kth_value(resid, encoder, k)):
+        top, _ = run(which, resid, encoder, k, hint)
+        assert_exact(resid, encoder, k, top, bits=16)
+
+
+@pytest.mark.parametrize("which", FILTERS)
+def test_a_sample_of_features_certifies(which):
+    encoder = make_encoder(256, 32768, dtype=torch.bfloat16, device=DEVICE)
+    resid = torch.randn(3000, 256, device=DEVICE).bfloat16()
+    for k in (1, 32, 64):
+        top, recomputed = run(which, resid, encoder, k)
+        assert_exact(resid, encoder, k, top, bits=16)
+        assert recomputed <= (40 if which is Implementation.INT8 else 3)
 
 
 @pytest.mark.parametrize("which", FILTERS)
@@ -96,13 +107,13 @@ def test_adversarial_rows(which):
     resid[4] = 3e38
     resid[5, 7] = 1e4
     resid[6] = -torch.inf
-    hint = kth_value(resid, encoder, 31)
-    top, _ = run(which, resid, encoder, 31, hint)
-    for bad in (2, 3, 4, 6):
-        assert top.top_acts_NK[bad].isnan().all()
-        assert (top.top_idx_NK[bad] == -1).all()
     good = torch.tensor([i for i in range(200) if i not in (2, 3, 4, 6)], device=DEVICE)
-    assert_exact(resid[good], encoder, 31, TopK(top.top_acts_NK[good], top.top_idx_NK[good]), bits=16)
+    for hint in (None, kth_value(resid, encoder, 31)):
+        top, _ = run(which, resid, encoder, 31, hint)
+        for bad in (2, 3, 4, 6):
+            assert top.top_acts_NK[bad].isnan().all()
+            assert (top.top_idx_NK[bad] == -1).all()
+        assert_exact(resid[good], encoder, 31, TopK(top.top_acts_NK[good], top.top_idx_NK[good]), bits=16)
 
 
 @pytest.mark.parametrize("which", ALL)
@@ -124,7 +135,7 @@ def test_one_feature_group_overflow_fails_closed():
     encoder = EncoderWeights(encoder.W_enc_DF, bias, encoder.threshold_F, encoder.b_dec_D, None, None)
     resid = torch.randn(64, 64, device=DEVICE).bfloat16()
     for which in ALL:
-        top, recomputed = run(which, resid, encoder, 32)
+        top, recomputed = run(which, resid, encoder, 32, kth_value(resid, encoder, 32))
         assert recomputed == 64 or which is Implementation.INT8, which  # its list knows no groups
         assert_exact(resid, encoder, 32, top, bits=16)
 
@@ -149,5 +160,7 @@ def test_dispatch_runs_what_it_says(monkeypatch):
     if torch.cuda.get_device_capability() == (9, 0):
         assert (which is Implementation.HOPPER) == (hopper.load()[0] is not None), why
     assert_exact(resid, encoder, 32, encode_topk(resid, encoder, k=32, hint_N=hint), bits=16)
+    which, why = choose(resid.device, resid.dtype, 300, encoder, 32, hinted=False)
+    assert (which is Implementation.HOPPER) == (hopper.load()[0] is not None), why
     assert_exact(resid, encoder, 32, encode_topk(resid, encoder, k=32), bits=16)
     assert encode_topk(resid[:0], encoder, k=32).top_idx_NK.shape == (0, 32)

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from auditor_kernels import EncoderWeights
-from auditor_kernels.designs import capacity
+from auditor_kernels.designs import hint_capacity
 from kernel_oracle import make_encoder
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Model:
         reached = (listed & (exact_tf > 0) & (exact_tf >= floor)).sum(1)
         few = (reached < K) & ~(0.95 * hint_t <= 0)
         safe = x_td.abs().sum(1) < 1e30
-        flagged = few | (listed.sum(1) > capacity(K, F)) | ~safe
+        flagged = few | (listed.sum(1) > hint_capacity(K, F)) | ~safe
         # Equal scores may stand for each other: a miss is a value among the k largest that the list lacks.
         top = exact_tf.topk(K, dim=1).values.clamp(min=0)
         kept = torch.where(listed & (exact_tf >= floor), exact_tf, 0.0).topk(K, dim=1).values.clamp(min=0)

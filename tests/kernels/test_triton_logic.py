@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from auditor_kernels import describe_dispatch, dispatch, encode_topk, hopper, screened
-from auditor_kernels.designs import capacity, chunk_tokens, per_group
+from auditor_kernels.designs import choose_sample, chunk_tokens, hint_capacity, per_group
 from auditor_kernels.dispatch import Implementation, choose
 from kernel_oracle import make_encoder
 
@@ -17,6 +17,8 @@ CASES = [
     "thresholds",
     "two_sided",
     "hints",
+    "sample",
+    "long_lists",
     "overflow_fails_closed",
     "ties",
     "fvu",
@@ -50,17 +52,31 @@ def test_group_size_follows_the_odds():
     assert per_group(128, 300) is None
 
 
+def test_a_random_sample_misleads_as_rarely_as_claimed():
+    """Simulated ranks: the floor is almost never too high, nor too low, and not lower than it must be."""
+    generator = torch.Generator().manual_seed(0)
+    for kept, d_sae in ((32, 14336), (64, 65536)):
+        plan = choose_sample(kept, d_sae)
+        sampled = torch.rand(4000, plan.capacity, generator=generator) < 1 / plan.stride
+        above_floor = (sampled.cumsum(1) < plan.rank).sum(1)
+        assert ((above_floor < kept) | (above_floor >= plan.capacity)).float().mean() < 1e-3
+        assert 0.8 < above_floor.float().mean() / plan.expected < 1.2
+        # And it asks for no more than it must: one rank less would mislead more often than is allowed.
+        assert (sampled[:, :kept].sum(1) >= plan.rank - 4).any()
+
+
 def test_workspace_is_bounded():
     for d_sae, k in ((14336, 32), (65536, 64), (131072, 128)):
-        size = chunk_tokens(16384, 8 * capacity(k, d_sae), d_sae)
-        assert size * 8 * capacity(k, d_sae) <= max(64 << 20, 0.051 * 2 * d_sae * 16384)
+        for slots in (hint_capacity(k, d_sae), choose_sample(k, d_sae).capacity):
+            size = chunk_tokens(16384, 8 * slots, d_sae)
+            assert size * 8 * slots <= max(64 << 20, 0.051 * 2 * d_sae * 16384)
 
 
 def test_a_cpu_call_runs_the_reference_and_says_so(monkeypatch):
     monkeypatch.setattr(screened, "is_fast_here", lambda: False)
     lines = describe_dispatch(make_encoder(4, 50), k=3, num_tokens=100, dtype=torch.float32)
     assert all("reference (device is cpu, no bfloat16 tiles (AMX))" in line for line in lines[:2])
-    assert "triton-int8 never runs by itself" in lines[2]
+    assert "hopper-int8 runs only if AUDITOR_KERNELS" in lines[2]
 
 
 def test_the_override_is_obeyed_and_checked(monkeypatch):
