@@ -22,6 +22,7 @@ from ray_auditor.hub.fetch import Fetcher
 from ray_auditor.hub.remote import Pinned, RemoteFile
 from ray_auditor.hub.source import Remote, stamp_folder
 from ray_auditor.ledger import Admission, Ledger, admission_class
+from ray_auditor.progress_line import say_how_far
 from ray_auditor.roster import Row
 from ray_auditor.store import Store, Unit
 from ray_auditor.worker import Assignment
@@ -43,7 +44,8 @@ def find_whole(store: Store, ledger: Ledger) -> set[str]:
     reads the rows hashes them again.
     """
     stamps, known = store.list_stamps(), ledger.stamps()
-    whole = {key: stamp for key, stamp in stamps.items() if known.get(key) == stamp or store.has(key)}
+    looked_at = say_how_far(stamps.items(), f"of {len(stamps)} units found whole")
+    whole = {key: stamp for key, stamp in looked_at if known.get(key) == stamp or store.has(key)}
     ledger.keep_stamps({key: stamp for key, stamp in whole.items() if known.get(key) != stamp})
     return set(whole)
 

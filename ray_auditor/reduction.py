@@ -8,6 +8,7 @@ from ray_auditor.calibration import Calibration, read_calibration
 from ray_auditor.gate import MISFIT, find_misfit, fvu_of
 from ray_auditor.hub import CandidateError
 from ray_auditor.plan import Plan, Row
+from ray_auditor.progress_line import say_how_far
 from ray_auditor.rates import noise_floor
 from ray_auditor.reduce import NonfiniteActivations
 from ray_auditor.store import TokenRows
@@ -64,7 +65,7 @@ def reduce_committed(plan: Plan, failures: Failures) -> Reduction:
     general = plan.suites.names[0]
     tables: dict[str, dict[str, Any]] = {"candidate": {}, "null": {}, MISFIT: {}}
     by_unit: dict[str, Any] = {}
-    for row in comparable:
+    for row in say_how_far(comparable, f"of {len(comparable)} finetunes reduced"):
         assert row.unit is not None, f"{row.id} is ok and has no unit"
         try:
             if row.unit.key not in by_unit:

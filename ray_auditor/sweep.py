@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from ray_auditor.budget import Meter
 from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
@@ -210,13 +211,13 @@ def run_stages(
                     num_done += len(refused)
                     break
                 worker, (task, attempt) = idle.popleft(), queue.popleft()
-                deadline = time.monotonic() + min(config.unit_timeout_s, meter.time_left_s)
+                deadline = time.monotonic() + config.unit_timeout_s
                 flying[worker.audit.remote(task, queue[0][0] if queue else None)] = Flight(
                     worker, task, attempt, deadline, time.monotonic()
                 )
             counts = {"ok": num_done - len(failures), "failed": len(failures), "running": len(flying)}
             progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
-            for reference in landed_or_overdue(flying):
+            for reference in landed_or_overdue(flying, meter):
                 flight = flying.pop(reference)
                 outcome = outcome_of(reference)
                 failure = None if isinstance(outcome, Ran) else outcome
@@ -265,11 +266,11 @@ def base_failed(task: Assignment, failure: CandidateError | str) -> BaseFailed:
     return error
 
 
-def landed_or_overdue(flying: dict[Any, Flight]) -> list[Any]:
-    """References that are ready, after a short wait, and those past their deadline."""
+def landed_or_overdue(flying: dict[Any, Flight], meter: Meter) -> list[Any]:
+    """References that are ready, after a short wait, and those past their deadline or the sweep's."""
     ready, waiting = ray.wait(list(flying), num_returns=1, timeout=POLL_S)
-    now = time.monotonic()
-    return [*ready, *(reference for reference in waiting if now > flying[reference].deadline)]
+    now, is_over = time.monotonic(), meter.time_left_s <= 0
+    return [*ready, *(reference for reference in waiting if is_over or now > flying[reference].deadline)]
 
 
 def timed(stages: Iterable[Sequence[Assignment]], work: Work) -> Iterator[Sequence[Assignment]]:

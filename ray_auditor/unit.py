@@ -106,8 +106,9 @@ class Commit:
             version = fields.get("schema_version")
             if version != SCHEMA_VERSION:
                 raise SchemaVersionError(
-                    f"{path} has schema version {version!r}, this release reads {SCHEMA_VERSION}; "
-                    "use the release that wrote it, or another out_dir"
+                    f"out_dir must hold units of schema version {SCHEMA_VERSION}, got {version!r} in {path}; "
+                    f"delete {path.parent.parent}, another release's, of which this one can use nothing, or "
+                    "set another out_dir"
                 )
             commit = cls(**fields)
             if not path.stem == commit.unit_key == Unit(**commit.unit).key:

@@ -222,3 +222,21 @@ def test_a_file_that_is_no_plan_is_named(audit: Audit, capfd: Any) -> None:
         assert audit.run("sweep", f"plan={path}") == 4
         assert f"plan must be a file that `ray-auditor plan` wrote, got {path}" in capfd.readouterr().err
     assert audit.run("plan", f"plan={path}") == 4
+
+
+@pytest.mark.usefixtures("swept")
+def test_a_store_of_another_release_is_named_with_what_to_delete(
+    audit: Audit, tmp_path: Path, capfd: Any
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audit.hub.out, out)
+    commit = next((out / "store" / "commits").iterdir())
+    old = json.loads(commit.read_text()) | {"schema_version": 1}
+    commit.write_text(json.dumps(old))
+    for verb in ("plan", "sweep"):
+        assert audit.run(verb, f"out_dir={out}") == 4
+        said = capfd.readouterr().err
+        assert "out_dir must hold units of schema version" in said
+        assert f"delete {out / 'store'}, another release's" in said
+    shutil.rmtree(out / "store")
+    assert audit.run("plan", f"out_dir={out}") == 0

@@ -305,7 +305,7 @@ def test_an_unknown_extension_type_never_reaches_pyarrow(tmp_path, monkeypatch):
         ('{"schema_version": 2}', "not a commit of ours"),
         ("[1]", "not a commit of ours"),
         ("[" * 100_000, "not a commit of ours"),
-        ('{"schema_version": 1}', "schema version 1, this release reads 2"),
+        ('{"schema_version": 1}', "units of schema version 2, got 1 in "),
         (" " * (1 << 20) + " ", "over 1048576 bytes"),
     ],
 )
