@@ -13,6 +13,7 @@ from typing import Any
 
 from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.config import AuditConfig
+from ray_auditor.durable_file import put_file
 from ray_auditor.ledger import Audit, Ledger, explain
 from ray_auditor.outputs import OUTPUTS, write_outputs
 from ray_auditor.report.finding import exit_code_of
@@ -114,9 +115,14 @@ class Conclusion:
         self.ledger.keep_fact(STANDS, self._stamp())
 
     def repeat(self, whys: Mapping[str, str]) -> int:
-        """Say in the summary that nothing is new; returns the exit code."""
+        """Say that nothing is new: where that changes no word of it, in the summary alone.
+
+        Returns:
+            The exit code.
+        """
         out_dir = Path(self.config.out_dir)
         summary: dict[str, Any] = json.loads((out_dir / "summary.json").read_bytes())
+        before = _said(summary)
         for candidate in summary["candidates"]:
             candidate["why"] = whys[candidate["id"]]
         for finding in (*summary["flags"], *(row for row in summary["candidates"] if "new" in row)):
@@ -124,9 +130,13 @@ class Conclusion:
         mark_acknowledged(summary, read_acknowledgements(out_dir))
         summary["exit_code"] = exit_code_of(summary)
         summary["generated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        exit_code: int = write_outputs(summary, out_dir)["exit_code"]
+        if _said(summary) == before:
+            data = json.dumps(summary, indent=1, allow_nan=False).encode()
+            put_file(out_dir / "summary.json", data, temp=self.root / "tmp", replace=True)
+        else:
+            write_outputs(summary, out_dir)
         self.keep()
-        return exit_code
+        return int(summary["exit_code"])
 
     def _stamp(self) -> str:
         digest = hashlib.sha256()
@@ -146,6 +156,13 @@ class Conclusion:
         outputs = [Path(self.config.out_dir) / name for name in OUTPUTS]
         digest.update(_looks([*others, *program, *outputs]))
         return digest.hexdigest()
+
+
+def _said(summary: dict[str, Any]) -> list[Any]:
+    """What a summary says anew each night, but for its date."""
+    names = ("why", "new", "acknowledged", "reopened")
+    rows = (*summary["candidates"], *summary["flags"])
+    return [summary["exit_code"], *([row.get(name) for name in names] for row in rows)]
 
 
 def _looks(paths: Iterable[Path]) -> bytes:

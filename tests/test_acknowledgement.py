@@ -142,6 +142,12 @@ def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.Captur
     assert all(result["suppressions"] for result in run["results"])
     assert 'failures="0" errors="0"' in (swept / "junit.xml").read_text()
     assert f"Acknowledged: {len(flags) + 1} of {len(flags) + 1}" in (swept / "findings.md").read_text()
+    page = (swept / "report.html").read_text()
+    assert (
+        "Acknowledged by <bdi>ada@example.org</bdi> until 2099-01-31: <bdi>we trained it: see #3, &#39;"
+        in page
+    )
+    assert page.count("<small>acknowledged</small>") == len(flags)
     assert main(["show", flags[0]["candidate"], f"out_dir={swept}"]) == 0
     assert "acknowledged by ada@example.org until 2099-01-31" in capsys.readouterr().out
     assert main(["ack", f"out_dir={swept}"]) == 0

@@ -350,7 +350,18 @@ def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) ->
     assert {row.pop("why") for row in again["candidates"]} == {"unchanged"}
     assert {flag.pop("new") for flag in summary["flags"]} == {True}
     assert {flag.pop("new") for flag in again["flags"]} == {False}
-    assert again | {"generated_at": None} == summary | {"generated_at": None}
+    of_its_own = {"generated_at": None, "work": None}  # a sweep that ran nothing did no work
+    assert again | of_its_own == summary | of_its_own
+    page, told = ((hub.out / name).stat().st_mtime_ns for name in ("report.html", "summary.json"))
+    assert hub.sweep() == 1  # nothing is said anew, but for the date
+    assert (hub.out / "report.html").stat().st_mtime_ns == page
+    assert (hub.out / "summary.json").stat().st_mtime_ns > told
+    said = ["ack.who=ada", "ack.why=ours", "ack.until=2099-01-31"]
+    for name in {flag["candidate"] for flag in hub.summary["flags"]}:
+        assert main(["ack", name, f"out_dir={hub.out}", *said]) == 0
+    assert hub.sweep() == 0  # a sweep keeps what was acknowledged
+    assert all(flag["acknowledged"]["who"] == "ada" for flag in hub.summary["flags"])
+    (hub.out / "acknowledgements.jsonl").unlink()
     make_adapter(hub.candidates / "zz-new", hub.base, seed=9)
     assert main(["plan", *hub.arguments]) == 0
     assert hub.sweep("cluster.num_workers=2") == 1
