@@ -24,8 +24,10 @@ from ray_auditor.outputs import write_outputs
 from ray_auditor.plan import Plan, Row, gate_base
 from ray_auditor.rates import Bootstrap, suite_sums
 from ray_auditor.reduction import Failures, Status, reduce_committed
+from ray_auditor.report.candidate import SCREENED
 from ray_auditor.report.finding import exit_code_of
 from ray_auditor.report.terminal import print_summary
+from ray_auditor.screen import describe_screen
 from ray_auditor.standing import Standing
 from ray_auditor.store import TokenRows
 
@@ -53,6 +55,7 @@ def conclude(plan: Plan, failures: Failures) -> int:
         noise_floor=reduced.floors.get(general, 0.0),
         rule=FlagRule(config.flag.level, config.flag.min_z, config.flag.min_rate),
         null_rows=reduced.null_tables,
+        num_cleared=sum(status == SCREENED for status, _ in statuses.values()),
     )
     for flag in population.flags:
         statuses[flag.candidate] = ("flagged", statuses[flag.candidate][1])
@@ -79,7 +82,7 @@ def conclude(plan: Plan, failures: Failures) -> int:
             for row in plan.candidates
         ],
         "flags": [asdict(flag) | {"new": (flag.candidate, flag.suite) in new} for flag in population.flags],
-        "limits": list(population.limits),
+        "limits": [*population.limits, *describe_screen(statuses, config.screen.share)],
         "settings": _settings(plan),
         "versions": _versions(),
         "work": plan.describe_work(),

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from ray_auditor.budget_config import BudgetConfig
 from ray_auditor.candidates_config import CandidatesConfig, DownloadConfig
 from ray_auditor.reading_config import AckConfig, DiffConfig, ServeConfig, ShowConfig
+from ray_auditor.screen_config import ScreenConfig
 
 MAX_K = 128
 
@@ -261,6 +262,7 @@ class AuditConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     flag: FlagConfig = field(default_factory=FlagConfig)
+    screen: ScreenConfig = field(default_factory=ScreenConfig)
     null: NullConfig = field(default_factory=NullConfig)
     show: ShowConfig = field(default_factory=ShowConfig)
     ack: AckConfig = field(default_factory=AckConfig)

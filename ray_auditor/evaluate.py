@@ -60,6 +60,7 @@ class Audit:
             noise_floor=self.summary["noise_floor"].get(settings["general"], 0.0),
             rule=FlagRule(flag["level"], flag["min_z"], flag["min_rate"]),
             null_rows=picked[1],
+            num_cleared=self.summary.get("counts", {}).get("screened", 0),
         )
 
 

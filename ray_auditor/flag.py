@@ -92,6 +92,7 @@ def flag_population(
     noise_floor: float = 0.0,
     rule: FlagRule | None = None,
     null_rows: Mapping[str, Any] | None = None,
+    num_cleared: int = 0,
 ) -> Population:
     """Score every candidate against the null population, or among its peers, and flag those that stand out.
 
@@ -105,6 +106,7 @@ def flag_population(
         noise_floor: Mean shift of the base against itself on the general suite.
         rule: When a candidate becomes a flag.
         null_rows: The same tables of finetunes known to be benign, under ids that no candidate has.
+        num_cleared: Candidates that a screen cleared: tests that were made, and found nothing.
 
     Returns:
         The same bits for any order of candidates, suites or rows.
@@ -133,9 +135,9 @@ def flag_population(
             min_reference=rule.min_reference,
             close_look=rule.min_z,
         )
-        standings |= _with_q(scored.standings) if scored else dict.fromkeys(members, Standing())
+        standings |= _with_q(scored.standings, num_cleared) if scored else dict.fromkeys(members, Standing())
         null_scores |= scored.null_scores if scored else {}
-        limits += _limits(scored, len(members), len(null), rule)
+        limits += _limits(scored, len(members) + num_cleared, len(null), rule)
         for name in members:
             own = rates_from_sums(sums[name], general, k, bootstrap, noise_floor)
             cells[name] = {
@@ -152,11 +154,11 @@ def flag_population(
     )
 
 
-def _with_q(standings: Mapping[str, Standing]) -> dict[str, Standing]:
-    """Give every p-value of a stratum its q-value."""
+def _with_q(standings: Mapping[str, Standing], num_cleared: int) -> dict[str, Standing]:
+    """Give every p-value of a stratum its q-value; those that were cleared count with p = 1."""
     p_values = {name: one.p for name, one in standings.items() if one.p is not None}
-    q_C = q_values(list(p_values.values())).tolist()
-    return {**standings, **{n: replace(standings[n], q=q) for n, q in zip(p_values, q_C, strict=True)}}
+    q_C = q_values([*p_values.values(), *[1.0] * num_cleared]).tolist()
+    return {**standings, **{n: replace(standings[n], q=q) for n, q in zip(p_values, q_C, strict=False)}}
 
 
 def _cell(rate: SuiteRate, standing: Standing, suite: str | None, min_rate: float) -> Cell:

@@ -129,6 +129,7 @@ def make_plan(
     candidates: bool = True,
     create: bool = True,
     find: Callable[[Unit], Iterable[tuple[Entry, Role]]] | None = None,
+    share: float | None = None,
 ) -> Plan:
     """Read and check every input, list the finetunes, and admit what is safe and comparable.
 
@@ -137,6 +138,7 @@ def make_plan(
         candidates: Whether there are any to list; without, the plan is about the base alone.
         create: Whether the store is made when it is not there, and the suites are kept in it.
         find: Gives the finetunes, from the base's unit, in place of the sources that the settings name.
+        share: Of every suite's prompts; None for all.
 
     Raises:
         ValueError: An input is missing or does not fit another; nothing has run.
@@ -150,6 +152,7 @@ def make_plan(
     check_fit(base, sae, config.sae.k)
     base = open_base(str(config.base.model), num_layers=num_layers)
     suites = load_suites(config.suites, base.path)
+    suites = suites if share is None else suites.screened(share)
     check_context(base, suites)
     store = open_store(config, create=create)
     ledger = Ledger(Path(config.out_dir) / "ledger.sqlite")

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,18 @@ class Suites:
         """Tokens that one candidate must be run on."""
         return sum(len(prompt.token_ids) for suite in self.suites for prompt in suite.prompts)
 
+    def screened(self, share: float) -> "Suites":
+        """The same suites with a share of each one's prompts, numbered anew: another key, so other units."""
+        return Suites(
+            tuple(
+                replace(
+                    suite,
+                    prompts=tuple(suite.prompts[n] for n in screened_prompts(len(suite.prompts), share)),
+                )
+                for suite in self.suites
+            )
+        )
+
     @cached_property
     def key(self) -> str:
         """SHA-256 of names, token ids and masks: equal keys mean the same tokens are scored."""
@@ -72,6 +84,12 @@ class Suites:
                 digest.update(prompt.token_ids.astype("<i4").tobytes())
                 digest.update(prompt.content.tobytes())
         return digest.hexdigest()
+
+
+def screened_prompts(num_prompts: int, share: float) -> list[int]:
+    """Numbers of the prompts of a suite that a screen runs: spread evenly, two at least, always the same."""
+    count = min(num_prompts, max(2, round(share * num_prompts)))
+    return [i * num_prompts // count for i in range(count)]
 
 
 def load_suites(config: SuitesConfig, tokenizer_path: Path) -> Suites:

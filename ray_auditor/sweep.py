@@ -4,8 +4,8 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ from ray_auditor.report.finding import EXIT_FAILED
 from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
+from ray_auditor.screen import clear, screen_of
 from ray_auditor.store import ShardError
 from ray_auditor.work import Ran, Work
 from ray_auditor.worker import Assignment, Worker
@@ -81,13 +82,32 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
     plan = plan_sweep(config)
     check_gate(plan)
     refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}
-    todo = plan.assignments
+    if config.screen.share is not None:
+        small = screen_of(plan)
+        plan = clear(plan, settle(small), execute(small, "screen: "))
+        lease.check()
+    failures = execute(plan)
+    lease.check()
+    keep_rate_limits(plan)
+    plan.ledger.keep_refusals(
+        {
+            key: (one.code, one.text)
+            for key, one in failures.items()
+            if isinstance(one, CandidateError) and one.status == "rejected" and one.code != "changed"
+        }
+    )
+    return finish(settle(plan), failures, refused)
+
+
+def execute(plan: Plan, stage: str = "") -> dict[str, CandidateError | str]:
+    """Compute every unit of a plan that is not committed yet; by unit key, why one has no result."""
+    config, todo = plan.config, plan.assignments
     bases = [Assignment(plan.base_unit, None), Assignment(plan.replay_unit, None, reverse=True)]
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
     arrivals = plan.arrivals
     num_groups = len(arrivals.groups()) if arrivals else 0
     Console().print(
-        f"{len(plan.candidates)} candidates listed"
+        f"{stage}{len(plan.candidates)} candidates listed"
         + (f", {len(plan.nulls)} null members" if plan.nulls else "")
         + f", {len(plan.units)} distinct to audit: {len(plan.units) - len(todo)} "
         f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each"
@@ -103,7 +123,7 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
         with (
             cluster(config.cluster) as num_threads,
             SweepProgress(num_units, tell=metrics.progress) as progress,
-            closing(arrivals.stages() if arrivals else iter_nothing()) as arriving,
+            closing(arrivals.stages()) if arrivals else nullcontext(()) as arriving,
         ):
             try:
                 failures = run_stages(
@@ -117,16 +137,7 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
             except BaseFailed as error:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
                 failures = {row.unit.key: error.refusal or str(error) for row in plan.rows if row.unit}
-    lease.check()
-    keep_rate_limits(plan)
-    plan.ledger.keep_refusals(
-        {
-            key: (one.code, one.text)
-            for key, one in failures.items()
-            if isinstance(one, CandidateError) and one.status == "rejected" and one.code != "changed"
-        }
-    )
-    return finish(settle(plan), failures, refused)
+    return failures
 
 
 def finish(plan: Plan, failures: dict[str, CandidateError | str], refused: dict[str, CandidateError]) -> int:
@@ -151,11 +162,6 @@ def settle(plan: Plan) -> Plan:
         return plan
     rows = [plan.arrivals.rows.get(row.id, row) for row in plan.rows]
     return replace(plan, rows=tuple(keep_apart(row, rows) for row in rows))
-
-
-def iter_nothing() -> Generator[list[Assignment], None, None]:
-    """No stage at all."""
-    yield from ()
 
 
 def run_stages(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["adapter", "full"]
-RefusalStatus = Literal["rejected", "skipped", "deferred", "failed"]
+RefusalStatus = Literal["rejected", "skipped", "deferred", "failed", "screened"]
 Start = Literal["base", "pissa", "olora"]
 
 MAX_TEXT_CHARS = 400
@@ -18,7 +18,8 @@ class CandidateError(Exception):
 
     Attributes:
         status: `rejected` (the input is at fault), `skipped` (sound, but nothing this auditor audits),
-            `deferred` (may be whole the next time it is looked at) or `failed` (its bytes did not come).
+            `deferred` (may be whole the next time it is looked at), `failed` (its bytes did not come) or
+            `screened` (scored low on some of the prompts, so that the others did not run).
         code: Short slug, such as `wrong_base`.
         text: One sentence with the field, the value and the bound.
     """

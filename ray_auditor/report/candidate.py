@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from ray_auditor.report.number import percent, signed
 
 MISFIT = "sae_misfit"
+SCREENED: Literal["screened"] = "screened"  # ran on some of the prompts only, and scored low there
 AUDITED = ("flagged", "ok")
-NOT_AUDITED = (MISFIT, "rejected", "skipped", "failed", "deferred")
+NOT_AUDITED = (MISFIT, SCREENED, "rejected", "skipped", "failed", "deferred")
 STATUSES = AUDITED + NOT_AUDITED
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ray_auditor.report.candidate import MISFIT, Candidate, Flag, SuiteRate
+from ray_auditor.report.candidate import MISFIT, SCREENED, Candidate, Flag, SuiteRate
 from ray_auditor.report.summary import Summary
 
 
@@ -19,7 +19,7 @@ def stages(summary: Summary) -> list[tuple[str, int, str]]:
     return [
         ("listed", listed, ""),
         ("admitted", admitted, lost("rejected", "skipped")),
-        ("audited", audited, lost(MISFIT, "failed", "deferred")),
+        ("audited", audited, lost(MISFIT, SCREENED, "failed", "deferred")),
         ("flagged", counts["flagged"], ""),
     ]
 

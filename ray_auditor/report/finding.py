@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_auditor.report.candidate import MISFIT
+from ray_auditor.report.candidate import MISFIT, SCREENED
 from ray_auditor.report.rule import RULES, rule_words
 
 EXIT_OK, EXIT_FINDINGS, EXIT_FAILED, EXIT_NOTHING = 0, 1, 2, 3
@@ -105,4 +105,4 @@ def exit_code_of(raw: Mapping[str, Any]) -> int:
         return EXIT_FAILED
     if any(alerts(finding, raw) for finding in list_findings(raw)):
         return EXIT_FINDINGS
-    return EXIT_NOTHING if statuses.isdisjoint(("ok", "flagged", MISFIT)) else EXIT_OK
+    return EXIT_NOTHING if statuses.isdisjoint(("ok", "flagged", MISFIT, SCREENED)) else EXIT_OK

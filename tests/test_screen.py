@@ -1,0 +1,117 @@
+"""A sweep in two stages: who scores low on some prompts is not run on the others, and never called clean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from ray_auditor.__main__ import main
+from ray_auditor.screen_config import ScreenConfig
+from ray_auditor.store import Store
+from ray_auditor.suites import Prompt, Suite, Suites, screened_prompts
+from tests.test_sweep import Hub, plant_digits
+from tests.tiny import make_adapter
+
+NUM_NULL = 9
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
+    hub = Hub(tmp_path_factory.mktemp("screen"))
+    for i in range(NUM_NULL):
+        make_adapter(hub.root / "null" / f"n{i}", hub.base, seed=10 + i, scale=0.05)
+    make_adapter(hub.candidates / "benign", hub.base, seed=1, scale=0.05)
+    make_adapter(hub.candidates / "benign-again", hub.base, seed=1, scale=0.05)
+    plant_digits(hub.candidates / "planted", hub.base)
+    (hub.candidates / "empty").mkdir()
+    hub.arguments += [f"null.path={hub.root / 'null'}", "screen.share=0.5", "screen.clear_below=1.2"]
+    assert hub.sweep() in (0, 1)
+    return hub
+
+
+def units(hub: Hub, suites_key: str) -> set[str]:
+    """Content keys of the units over one set of suites."""
+    commits = Store(hub.out / "store").list_commits()
+    return {one.unit["candidate_key"] for one in commits if one.unit["suites_key"] == suites_key}
+
+
+def test_who_scores_low_on_some_prompts_is_screened_and_has_no_numbers(hub: Hub) -> None:
+    for name in ("benign", "benign-again"):
+        row = hub.row(name)
+        assert row["status"] == "screened"
+        assert row["reason"].startswith("screened:cleared: score ")
+        assert "on 9 prompts, below 1.2; the others did not run" in row["reason"]
+        assert (row["suites"], row["score"], row["p"], row["unit_key"]) == ({}, None, None, None)
+    planted = hub.row("planted")
+    assert planted["status"] in ("ok", "flagged")
+    assert planted["score"] is not None
+    assert {suite["tokens"] for suite in planted["suites"].values()} != {0}
+    assert hub.row("empty")["status"] == "skipped"
+    assert hub.summary["counts"]["screened"] == 2
+    assert any(limit.startswith("2 candidates were screened only") for limit in hub.summary["limits"])
+
+
+def test_only_the_others_ran_on_every_prompt(hub: Hub) -> None:
+    whole = hub.summary["settings"]["suites_key"]
+    (small,) = {one.unit["suites_key"] for one in Store(hub.out / "store").list_commits()} - {whole}
+    # the base twice and the null; the planted one alone, and in the first stage the benign one too
+    assert len(units(hub, whole)) == 2 + NUM_NULL + 1
+    assert len(units(hub, small)) == 2 + NUM_NULL + 2
+    assert units(hub, whole) < units(hub, small)
+
+
+def test_the_false_discovery_rate_counts_who_was_cleared(hub: Hub) -> None:
+    row = hub.row("planted")
+    assert row["q"] == pytest.approx(min(1.0, 3 * row["p"]))  # one of three that were tested
+
+
+def test_a_screened_sweep_is_reported_as_such(hub: Hub) -> None:
+    page = (hub.out / "report.html").read_text()
+    assert "2 screened" in page
+    schema = json.loads((Path(__file__).parent.parent / "docs" / "summary.schema.json").read_text())
+    jsonschema.validate(hub.summary, schema)
+
+
+def test_a_second_night_runs_nothing_again(hub: Hub) -> None:
+    before, rows = hub.commits, hub.summary["candidates"]
+    assert hub.sweep() in (0, 1)
+    assert hub.commits == before
+    assert [row["status"] for row in hub.summary["candidates"]] == [row["status"] for row in rows]
+
+
+def test_a_screen_without_a_null_population_is_refused(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert hub.sweep("null.path=null", f"out_dir={tmp_path / 'out'}") == 4
+    assert "null.path must be given with screen.share" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 1.0}, {"share": 0.1, "clear_below": 0.0}])
+def test_settings_out_of_bounds_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"screen\.(share|clear_below) must be > 0"):
+        ScreenConfig(**settings)
+
+
+def test_a_screen_takes_prompts_from_all_of_a_suite_and_two_at_least() -> None:
+    assert screened_prompts(10, 0.3) == [0, 3, 6]
+    assert screened_prompts(28, 0.05) == [0, 14]
+    assert screened_prompts(2, 0.05) == [0, 1]
+    prompts = tuple(
+        Prompt(str(i), np.array([i], np.int32), (str(i),), np.ones(1, dtype=bool)) for i in range(10)
+    )
+    suites = Suites((Suite("general", prompts, 0), Suite("other", prompts[:4], 0)))
+    part = suites.screened(0.5)
+    assert [[prompt.text for prompt in suite.prompts] for suite in part.suites] == [
+        ["0", "2", "4", "6", "8"],
+        ["0", "2"],
+    ]
+    assert part.key != suites.key == replace(suites).key
+
+
+def test_the_door_knows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cfg", "job", "screen.share=0.1"]) == 0
+    assert "clear_below: 2.0" in capsys.readouterr().out
