@@ -15,7 +15,7 @@ from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.config import AuditConfig
 from ray_auditor.durable_file import put_file
 from ray_auditor.ledger import Audit, Ledger, explain
-from ray_auditor.outputs import OUTPUTS, write_outputs
+from ray_auditor.outputs import OUTPUTS, to_json, write_outputs
 from ray_auditor.report.finding import exit_code_of
 from ray_auditor.roster import Row
 from ray_auditor.store import Unit
@@ -131,8 +131,9 @@ class Conclusion:
         summary["exit_code"] = exit_code_of(summary)
         summary["generated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
         if _said(summary) == before:
-            data = json.dumps(summary, indent=1, allow_nan=False).encode()
-            put_file(out_dir / "summary.json", data, temp=self.root / "tmp", replace=True)
+            put_file(
+                out_dir / "summary.json", to_json(summary).encode(), temp=self.root / "tmp", replace=True
+            )
         else:
             write_outputs(summary, out_dir)
         self.keep()

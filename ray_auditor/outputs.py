@@ -69,7 +69,7 @@ def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: The summary contradicts itself; nothing was written.
     """
-    data = json.dumps(summary, indent=1, allow_nan=False)
+    data = to_json(summary)
     read_back: dict[str, Any] = json.loads(data)  # what a reader sees is what every output shows
     rendered = {
         "candidates.arrow": to_ipc(candidates_table(read_back)),
@@ -86,6 +86,21 @@ def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
         put_file(out_dir / name, rendered[name], temp=temp if temp.is_dir() else out_dir, replace=True)
     Metrics(out_dir).conclude(read_back)
     return read_back
+
+
+def to_json(summary: Mapping[str, Any]) -> str:
+    """A summary as JSON, a line a candidate, flag or setting: for `grep`, and several times faster."""
+    lines = (f"{json.dumps(key)}: {_lines(value)}" for key, value in summary.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(json.dumps(one, allow_nan=False) for one in value) + "\n]"
+    if isinstance(value, dict) and value:
+        pairs = (f"{json.dumps(key)}: {json.dumps(one, allow_nan=False)}" for key, one in value.items())
+        return "{\n" + ",\n".join(pairs) + "\n}"
+    return json.dumps(value, allow_nan=False)
 
 
 def findings_table(summary: Mapping[str, Any]) -> Any:

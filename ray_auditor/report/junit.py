@@ -64,7 +64,7 @@ def _outcome(
         return "error", status, reason
     if status in (*AUDITED, MISFIT):
         return None, "", ""
-    return "skipped", status, f"nothing is known about it: {reason}"
+    return "skipped", status, f"not audited: {reason}"
 
 
 def _said(finding: Finding) -> str:

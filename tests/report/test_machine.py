@@ -191,7 +191,12 @@ def test_every_output_is_written_and_says_the_same(with_content: dict[str, Any],
     with_content["exit_code"] = exit_code_of(with_content)
     read_back = write_outputs(with_content, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*OUTPUTS, "metrics.prom"}
-    assert json.loads((tmp_path / "summary.json").read_text()) == read_back
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text) == read_back == with_content
+    for row in (*with_content["candidates"], *with_content["flags"]):  # each on a line of its own
+        assert any(
+            line.startswith("{") and json.loads(line.rstrip(",")) == row for line in text.splitlines()[1:-1]
+        )
     table = pq.read_table(tmp_path / "findings.parquet")
     assert table.schema == FINDINGS
     rows = table.to_pylist()
