@@ -147,7 +147,9 @@ def label_features(
     labels = {}
     for feature, evidence in find_evidence(base, prompts, features).items():
         told = explanations.get(feature)
-        fires_on = ", ".join(f"“{one['text'].translate(DRAWN)}”" for one in evidence["tokens"])
+        fires_on = ", ".join(
+            f"“{(one['text'].strip(' ') or one['text']).translate(DRAWN)}”" for one in evidence["tokens"]
+        )
         own = f"fires on {fires_on}" if fires_on else "fires on none of the base's tokens"
         record = {
             "text": told.text if told else own,

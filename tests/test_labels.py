@@ -103,7 +103,7 @@ def test_a_label_is_the_explanation_where_there_is_one_else_the_evidence(base):
     labels = label_features(*base, {5, 6, 99}, in_full={5}, explanations=told)
     assert {name: (one["text"], one["source"], one["by"]) for name, one in labels.items()} == {
         "5": ("royalty", "neuronpedia", "a model"),
-        "6": ("fires on “ the”, “ king”, “⏎”, “<b>”", "suites", None),
+        "6": ("fires on “the”, “king”, “⏎”, “<b>”", "suites", None),
         "99": ("fires on none of the base's tokens", "suites", None),
     }
     assert "prompts" in labels["5"]

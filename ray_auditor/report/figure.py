@@ -1,8 +1,10 @@
 """Geometry and shades of the page's figures; the template draws them and sets the numbers beside them."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ray_auditor.report.candidate import Candidate, SuiteRate
 from ray_auditor.report.summary import Summary
@@ -12,6 +14,8 @@ CHANGE_BOUNDS = (0.1, 0.25, 0.5, 0.75)
 PANEL_WIDTH, PANEL_HEIGHT = 300, 210
 PANEL_LEFT, PANEL_RIGHT, PANEL_TOP, PANEL_BOTTOM = 46, 290, 10, 174
 INTERVAL_WIDTH = 220
+NAME_WIDTH, NAME_HEIGHT = 120, 11
+CROWD_CELL, CROWD_BOUNDS = 4, (1, 10, 100)
 
 
 def z_shade(z: float | None) -> str:
@@ -71,7 +75,7 @@ def fit_scale(values: Iterable[float | None], start: float, end: float, interval
 
 @dataclass(frozen=True)
 class Dot:
-    """One candidate in a panel, in drawing units; flagged dots carry the candidate's name."""
+    """One candidate in a panel, in drawing units; `named` dots carry the candidate's name."""
 
     candidate: Candidate
     rate: SuiteRate
@@ -80,6 +84,7 @@ class Dot:
     y_low: float | None
     y_high: float | None
     flagged: bool
+    named: bool = False
 
     @property
     def label_left(self) -> bool:
@@ -111,24 +116,95 @@ def rate_scale(rates: Iterable[SuiteRate], start: float, end: float) -> Scale:
     return fit_scale(values, start, end)
 
 
-def draw_panels(summary: Summary, shown: tuple[Candidate, ...]) -> tuple[Scale, Scale, tuple[Panel, ...]]:
-    """Lay out one panel a suite on shared axes.
+def _name(dots: Sequence[Dot]) -> tuple[Dot, ...]:
+    """Flagged dots get their names, the first ones first, but for names that would cover another."""
+    taken: list[tuple[float, float]] = []
+    named = []
+    for dot in dots:
+        middle = dot.x + (-NAME_WIDTH if dot.label_left else NAME_WIDTH) / 2
+        is_free = all(abs(middle - x) > NAME_WIDTH or abs(dot.y - y) > NAME_HEIGHT for x, y in taken)
+        if dot.flagged and is_free:
+            taken.append((middle, dot.y))
+            dot = replace(dot, named=True)
+        named.append(dot)
+    return tuple(named)
 
-    Returns:
-        The axis of the general shift (features per token), the axis of the difference rate, and the panels.
-    """
-    general = [rate for candidate in shown if (rate := candidate.suites.get(summary.general))]
-    tasks = [
-        candidate.suites[suite]
-        for candidate in shown
-        for suite in summary.suites
-        if suite in candidate.suites
-    ]
-    x = fit_scale((rate.shift for rate in general), PANEL_LEFT, PANEL_RIGHT)
-    y = rate_scale(tasks, PANEL_BOTTOM, PANEL_TOP)
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes that all panels share: general shift (features per token) and difference rate."""
+
+    x: Scale
+    y: Scale
+
+
+def fit_axes(summary: Summary) -> Axes:
+    """The axes that hold every audited candidate on every suite."""
+    general = (one.suites.get(summary.general) for one in summary.audited)
+    tasks = (
+        rate
+        for one in summary.audited
+        for suite, rate in one.suites.items()
+        if suite != summary.general and rate.difference_rate is not None
+    )
+    x = fit_scale((rate.shift for rate in general if rate), PANEL_LEFT, PANEL_RIGHT)
+    return Axes(x, rate_scale(tasks, PANEL_BOTTOM, PANEL_TOP))
+
+
+def draw_panels(summary: Summary, shown: Sequence[Candidate], axes: Axes) -> tuple[Panel, ...]:
+    """Lay out one panel a suite, with a dot for each of the candidates shown."""
     panels = []
     for suite in summary.suites:
-        drawn = [_dot(summary, candidate, suite, x, y) for candidate in shown if suite in candidate.suites]
-        dots = tuple(dot for dot in drawn if dot is not None)
+        drawn = [
+            _dot(summary, candidate, suite, axes.x, axes.y)
+            for candidate in shown
+            if suite in candidate.suites
+        ]
+        dots = _name([dot for dot in drawn if dot is not None])
         panels.append(Panel(suite, dots, len(drawn) - len(dots)))
-    return x, y, tuple(panels)
+    return tuple(panels)
+
+
+def draw_crowd(summary: Summary, axes: Axes) -> dict[str, tuple[str, ...]]:
+    """By suite, where all audited candidates lie: squares that hold at least `CROWD_BOUNDS` of them.
+
+    Returns:
+        One SVG path a bound, empty where no square holds so many.
+    """
+    shades = {}
+    for suite in summary.suites:
+        points = np.array(
+            [
+                (general.shift, rate.difference_rate)
+                for one in summary.audited
+                if (general := one.suites.get(summary.general)) is not None
+                and (rate := one.suites.get(suite)) is not None
+                and general.shift is not None
+                and rate.difference_rate is not None
+            ],
+            dtype=float,
+        ).reshape(-1, 2)
+        ends = ((axes.x, PANEL_LEFT), (axes.y, PANEL_TOP))
+        places = np.stack(
+            [
+                (
+                    scale.start
+                    + (values - scale.low) / (scale.high - scale.low) * (scale.end - scale.start)
+                    - edge
+                )
+                // CROWD_CELL
+                for values, (scale, edge) in zip(points.T, ends, strict=True)
+            ],
+            axis=1,
+        ).astype(int)
+        squares, counts = np.unique(places, axis=0, return_counts=True)
+        shades[suite] = tuple(_squares(squares[counts >= bound].tolist()) for bound in CROWD_BOUNDS)
+    return shades
+
+
+def _squares(places: Iterable[tuple[int, int]]) -> str:
+    side = CROWD_CELL
+    return "".join(
+        f"M{PANEL_LEFT + side * column} {PANEL_TOP + side * row}h{side}v{side}h-{side}"
+        for column, row in places
+    )

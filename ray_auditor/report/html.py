@@ -125,6 +125,10 @@ class Bounds:
     cells: int = 4000  # of candidates by suites, in the map, the panels and the rates
     sections: int = 50
 
+    def num_drawn(self, summary: Summary) -> int:
+        """Candidates of the map, the panels and the rates."""
+        return min(self.rows, self.cells // max(len(summary.suites), 1))
+
     def smaller(self) -> "Bounds":
         """The next ones to try."""
         return Bounds(self.rows // 2, self.cells // 2, self.sections // 2)
@@ -154,11 +158,14 @@ def render_html(raw: Mapping[str, Any]) -> str:
         columns = make_columns(summary, suites)
         packed = pack_columns(summary, columns, places=places, anchors=anchors, max_bytes=DATA_BYTES)
     template = _environment().get_template("template.html.j2")
-    whole = _whole(summary) | {"map_suites": suites, "packed": packed}
-    page = template.render(whole | _bounded(summary, bounds))
+    axes = figure.fit_axes(summary)
+    whole = _whole(summary) | {"map_suites": suites, "packed": packed, "axes": axes, "crowd": {}}
+    if len(summary.audited) > bounds.num_drawn(summary):
+        whole["crowd"] = figure.draw_crowd(summary, axes)
+    page = template.render(whole | _bounded(summary, bounds, axes))
     while len(page.encode()) > PAGE_BYTES and bounds.rows:
         bounds = bounds.smaller()
-        page = template.render(whole | _bounded(summary, bounds))
+        page = template.render(whole | _bounded(summary, bounds, axes))
     return page
 
 
@@ -192,10 +199,9 @@ def _whole(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _bounded(summary: Summary, bounds: Bounds) -> dict[str, Any]:
+def _bounded(summary: Summary, bounds: Bounds, axes: figure.Axes) -> dict[str, Any]:
     """What the template needs of candidates and flags, cut to the bounds."""
-    shown = summary.audited[: min(bounds.rows, bounds.cells // max(len(summary.suites), 1))]
-    x, y, panels = figure.draw_panels(summary, shown)
+    shown = summary.audited[: bounds.num_drawn(summary)]
     flagged = [
         (flag, summary.by_id[flag.candidate].suites.get(flag.suite)) for flag in summary.flags[: bounds.rows]
     ]
@@ -210,9 +216,7 @@ def _bounded(summary: Summary, bounds: Bounds) -> dict[str, Any]:
             (rule, list(group)) for rule, group in groupby(flagged, key=lambda pair: pair[0].rule)
         ],
         "null_scores": nulls[: bounds.rows],
-        "shift_scale": x,
-        "rate_scale": y,
-        "panels": panels,
+        "panels": figure.draw_panels(summary, shown, axes),
         "sections": sections,
         "section_scale": figure.rate_scale(section_rates, 6, figure.INTERVAL_WIDTH - 6),
         "section_ids": {row.id for row in sections},

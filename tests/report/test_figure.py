@@ -1,4 +1,6 @@
 import re
+from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from ray_auditor.report import figure
 from ray_auditor.report.html import render_html
 from ray_auditor.report.summary import read_summary
+from tests.report.large_sweep import LargeSweep
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,8 @@ def test_a_scale_holds_zero_and_every_value_between_round_ticks() -> None:
 
 def test_a_panel_puts_each_candidate_at_its_shift_and_rate(summary: dict[str, Any]) -> None:
     read = read_summary(summary)
-    x, y, panels = figure.draw_panels(read, read.audited)
+    axes = figure.fit_axes(read)
+    x, y, panels = axes.x, axes.y, figure.draw_panels(read, read.audited, axes)
     assert [panel.suite for panel in panels] == list(read.suites)
     for panel in panels:
         assert len(panel.dots) == 10
@@ -62,6 +66,38 @@ def test_a_panel_puts_each_candidate_at_its_shift_and_rate(summary: dict[str, An
             assert dot.y_high < dot.y < dot.y_low, "up is more"
             assert dot.flagged == ((dot.candidate.id, panel.suite) in read.flagged_cells)
     assert sum(dot.flagged for panel in panels for dot in panel.dots) == len(read.flags)
+
+
+def test_names_do_not_cover_each_other() -> None:
+    read = read_summary(LargeSweep(30_000, 2))
+    axes = figure.fit_axes(read)
+    for panel in figure.draw_panels(read, read.audited[:500], axes):
+        named = [dot for dot in panel.dots if dot.named]
+        assert named
+        assert all(dot.flagged for dot in named)
+        assert [dot for dot in panel.dots if dot.flagged][0] is named[0], "the strongest has its name"
+        sides = [(dot.x - 60 if dot.label_left else dot.x + 60, dot.y) for dot in named]
+        for (x, y), (other_x, other_y) in combinations(sides, 2):
+            assert abs(x - other_x) > 120 or abs(y - other_y) > 11
+
+
+def test_the_shade_holds_every_candidate_in_the_square_where_its_dot_would_be() -> None:
+    read = read_summary(LargeSweep(3000, 2))
+    axes = figure.fit_axes(read)
+    panels = figure.draw_panels(read, read.audited, axes)
+    shades = figure.draw_crowd(read, axes)
+    for panel in panels:
+        counts = Counter(
+            (int((dot.x - figure.PANEL_LEFT) // 4), int((dot.y - figure.PANEL_TOP) // 4))
+            for dot in panel.dots
+        )
+        for bound, path in zip(figure.CROWD_BOUNDS, shades[panel.suite], strict=True):
+            corners = [(int(x), int(y)) for x, y in re.findall(r"M(\d+) (\d+)h4v4h-4", path)]
+            drawn = {((x - figure.PANEL_LEFT) // 4, (y - figure.PANEL_TOP) // 4) for x, y in corners}
+            expected = {place for place, count in counts.items() if count >= bound}
+            assert len(drawn ^ expected) <= 0.15 * len(expected), "but for dots rounded over an edge"
+            assert drawn or bound == 100
+    assert 'class="crowd"' in render_html(LargeSweep(3000, 2))
 
 
 def test_the_flags_table_draws_rates_and_intervals_on_one_scale(summary: dict[str, Any]) -> None:

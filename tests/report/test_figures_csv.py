@@ -25,16 +25,19 @@ def test_a_figures_file_holds_its_numbers_in_full(
     with opened(browser, report) as page:
         flags = saved(page, page.locator("table.flags caption button"))
         assert flags[0] == [
-            "Candidate", "Suite", "Score", "Lower end", "p", "q", "Difference rate", "low", "high", "Rule"
+            "Candidate", "Suite", "Score", "Lower end", "p", "q", "Difference rate", "low", "high",
+            "Feature that moved most", "Rule",
         ]  # fmt: skip
         assert len(flags) == 1 + len(summary["flags"])
-        for name, suite, *numbers, rule in flags[1:]:
+        for name, suite, *numbers, feature, rule in flags[1:]:
             row, cell = rows[name.removesuffix(" new")], rows[name.removesuffix(" new")]["suites"][suite]
             keys = [row[key] for key in ("score", "score_low", "p", "q")]
             assert [float(one) for one in numbers] == [
                 *keys, *(cell[key] for key in ("difference_rate", "ci_low", "ci_high"))
             ]  # fmt: skip
             assert rule == "null_q"
+            (moved, *_) = summary["details"][row["id"]][suite]["features"]
+            assert feature.startswith(f"{moved['feature']} ")
         rates = saved(page, page.locator("#rates .take button"))
         head, lines = rates[0], {line[0]: line[1:] for line in rates[1:]}
         assert head[2:5] == ["french", "french, low", "french, high"]
