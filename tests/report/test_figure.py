@@ -75,7 +75,7 @@ def test_names_do_not_cover_each_other() -> None:
         named = [dot for dot in panel.dots if dot.named]
         assert named
         assert all(dot.flagged for dot in named)
-        assert [dot for dot in panel.dots if dot.flagged][0] is named[0], "the strongest has its name"
+        assert next(dot for dot in panel.dots if dot.flagged) is named[0], "the strongest has its name"
         sides = [(dot.x - 60 if dot.label_left else dot.x + 60, dot.y) for dot in named]
         for (x, y), (other_x, other_y) in combinations(sides, 2):
             assert abs(x - other_x) > 120 or abs(y - other_y) > 11
