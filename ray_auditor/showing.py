@@ -60,13 +60,16 @@ def print_prompt(
     view = view_prompt(store, candidate, suite, prompt)
     title = f"{suite}, prompt {prompt} of {view.num_prompts}: {candidate} beside the base"
     console.print(verbatim(title, "bold"))
+    console.print(Text("".join(_drawn(token.text) for token in view.tokens)))
     numbers = ("shared", *(() if feature is None else (f"feature {feature}",)))
     table = table_of("", ("", "token", "base alone", "candidate alone"), numbers)
     for token in view.tokens:
+        if token.overlap is None:  # not scored
+            continue
         ours, theirs = dict(token.base), dict(token.candidate)
-        loud = token.overlap is not None and token.overlap < view.k / 2
-        cells = ["" if token.overlap is None else f"{token.overlap} of {max(len(ours), len(theirs))}"]
-        if feature is not None and token.overlap is not None:
+        loud = token.overlap < view.k / 2
+        cells = [f"{token.overlap} of {max(len(ours), len(theirs))}"]
+        if feature is not None:
             cells.append(f"{decimal(ours.get(feature, 0.0))} -> {decimal(theirs.get(feature, 0.0))}")
         table.add_row(
             str(token.position),

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote_plus
 
 import psutil
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 import ray_auditor
@@ -259,3 +260,20 @@ def test_a_port_that_is_taken_and_a_folder_without_a_sweep_are_named(
     assert "must be the out_dir of a finished sweep" in capsys.readouterr().err
     assert main(["serve", "serve.port=70000"]) == 4
     assert "serve.port must be in [0, 65535]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(browser: Browser, port: int, scheme: Literal["light", "dark"]) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    for path in (
+        "",
+        f"candidate?id={PLANTED}",
+        f"feature?feature={PLANTED_FEATURE}&id={PLANTED}&suite=sql",
+        f"prompt?id={PLANTED}&suite=sql&prompt=3",
+        "candidate?id=nobody",
+    ):
+        page.goto(f"http://127.0.0.1:{port}/{path}")
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
+    context.close()
