@@ -301,6 +301,38 @@ def test_the_least_recently_used_makes_room_and_what_is_in_use_does_not(tmp_path
     assert blobs == {held["a"].files[0].oid}
 
 
+def test_what_another_process_reads_is_not_evicted_until_that_ends_however_it_ends(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, max_bytes=250, min_free_bytes=0)
+    held = {}
+    for name in "ab":  # a is the older
+        held[name] = make(cache, name, 100)
+        with cache.pin(held[name].key):
+            cache.stage(held[name])
+        time.sleep(0.01)
+    script = f"""
+        import sys
+        from pathlib import Path
+        from ray_auditor.hub.cache import Cache
+        with Cache(Path({str(tmp_path)!r}), max_bytes=250, min_free_bytes=0).pin({held["a"].key!r}):
+            print("held", flush=True)
+            sys.stdin.readline()
+    """
+    reader = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"held\n"
+    with cache.pin(absent(100).key), cache.room(absent(100)):
+        there = {name: (tmp_path / "folders" / one.key).exists() for name, one in held.items()}
+    assert there == {"a": True, "b": False}  # the newer one went, for the older one was being read
+    with pytest.raises(CandidateError, match="deferred:disk"), cache.room(absent(200)):
+        pass
+    reader.kill()
+    reader.wait()
+    with cache.room(absent(200)):
+        assert not (tmp_path / "folders" / held["a"].key).exists()
+
+
 def test_nothing_is_asked_for_that_does_not_fit(tmp_path: Path) -> None:
     cache = Cache(tmp_path, max_bytes=1000, min_free_bytes=0)
     with pytest.raises(CandidateError, match="skipped:too_large"), cache.room(absent(1001)):
