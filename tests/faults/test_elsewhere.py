@@ -31,7 +31,13 @@ _ROWS = (
     ("E24", "`python -O`", "refused", "usage error", "tests/test_door.py::test_assertions_must_be_on"),
     ("E25", "a package below its security floor", "`doctor` says so", "wrong",
      "tests/test_doctor.py::test_a_version_below_its_floor_is_wrong_and_says_why"),
+    ("E26", "a kill while a finding is acknowledged", "that line alone is lost", "ok",
+     "tests/test_acknowledgement.py::test_a_kill_at_any_byte_loses_that_line_alone"),
+    ("E27", "another site that points its name at a page served here", "refused", "421", "tests/report/test_serve.py::test_only_this_machine_s_names_are_answered"),
     ("F8", "markup, ten-megabyte tokens, hidden letters in texts", "escaped and shortened", "ok", "tests/report/test_html.py::test_text_from_strangers_stays_text"),
+    ("F11", "names with markup, mentions, placeholders in SARIF, JUnit, Markdown; the same finding in another sweep",
+     "valid by their schemas, text alone; the same fingerprint", "ok",
+     "tests/report/test_machine.py::test_a_fingerprint_follows_weights_rule_and_suite_and_nothing_else"),
 )  # fmt: skip
 for _row, _what, _demanded, _seen, _test in _ROWS:
     elsewhere(_row, _what, demanded=_demanded, seen=_seen, test=_test)
