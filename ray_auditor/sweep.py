@@ -26,6 +26,7 @@ from ray_auditor.hub.remote import SourceError
 from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate
 from ray_auditor.preview import plan_sweep
+from ray_auditor.ray_metrics import RayMetrics
 from ray_auditor.report.finding import EXIT_FAILED
 from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.progress import SweepProgress
@@ -199,7 +200,7 @@ def run_stages(
         num_gpus=config.gpus_per_worker,
         accelerator_type=config.accelerator_type,
     )
-    meter = plan.meter
+    meter, told = plan.meter, RayMetrics(plan.work)
     meter.start()
     idle = deque(actor.remote(spec) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
@@ -228,7 +229,7 @@ def run_stages(
                 outcome = outcome_of(reference)
                 failure = None if isinstance(outcome, Ran) else outcome
                 if isinstance(outcome, Ran):
-                    plan.work.add(outcome)
+                    told.add(outcome)
                     meter.landed(time.monotonic() - flight.begun)
                     idle.append(flight.worker)
                 else:

@@ -44,7 +44,7 @@ ORDER = (
     ("screen",),
     ("conclusion", "evaluate"),
     ("dashboard",),
-    ("cluster",),
+    ("cluster", "ray_metrics"),
     ("sweep", "doctor", "null"),
     ("calibrate",),
     ("demo",),
@@ -52,7 +52,7 @@ ORDER = (
 )
 ONLY_IN = {
     "vllm": {"engine"},
-    "ray": {"cluster", "sweep"},
+    "ray": {"cluster", "ray_metrics", "sweep"},
     "hydra": {"__main__", "config"},
     "omegaconf": {"__main__", "config"},
     "sae_lens": {"sae"},
