@@ -1,7 +1,7 @@
 """A summary as two Arrow files that a reader maps into memory: candidates, and their rates by suite."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -65,23 +65,26 @@ def candidates_table(summary: Mapping[str, Any]) -> Any:
 
 def rates_table(summary: Mapping[str, Any]) -> Any:
     """The cells of a summary."""
-    rows = list(_cells(summary))
-    schema = rates_schema()
-    arrays = [
-        pa.array(map(_text, (row[name] for row in rows)), pa.string()).dictionary_encode().cast(NAMES)
-        if name in ("candidate", "suite")
-        else pa.array([row.get(name) for row in rows], schema.field(name).type)
-        for name in schema.names
+    cells = [
+        (row["id"], suite, cell, (row.get("rivals") or {}).get("mean_difference") or {})
+        for row in summary["candidates"]
+        for suite, cell in (row.get("suites") or {}).items()
     ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    schema = rates_schema()
+    columns = {
+        "candidate": _dictionary(name for name, _, _, _ in cells),
+        "suite": _dictionary(suite for _, suite, _, _ in cells),
+        "tokens": pa.array([int(cell.get("tokens") or 0) for _, _, cell, _ in cells], pa.int64()),
+        "mean_difference": pa.array([means.get(suite) for _, suite, _, means in cells], pa.float64()),
+    }
+    for field in schema:
+        if field.name not in columns:
+            columns[field.name] = pa.array([cell.get(field.name) for _, _, cell, _ in cells], field.type)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _cells(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for row in summary["candidates"]:
-        differences = (row.get("rivals") or {}).get("mean_difference") or {}
-        for suite, cell in (row.get("suites") or {}).items():
-            known = {"candidate": row["id"], "suite": suite, "mean_difference": differences.get(suite)}
-            yield {**cell, **known, "tokens": int(cell.get("tokens") or 0)}
+def _dictionary(names: Iterable[str]) -> Any:
+    return pa.array(map(_text, names), pa.string()).dictionary_encode().cast(NAMES)
 
 
 def _table(rows: list[dict[str, Any]], schema: Any) -> Any:

@@ -7,6 +7,7 @@ scraped in the morning.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Metrics:
     def progress(self, snapshot: Mapping[str, Any]) -> None:
         """Write a snapshot of `SweepProgress`."""
         running = float(snapshot["event"] != "ended")
-        self._write([("ray_auditor_running", {}, running), *_live(snapshot, self.work())], keep=_FOUND)
+        with suppress(OSError):  # an audit does not end because nobody could be told how far it is
+            self._write([("ray_auditor_running", {}, running), *_live(snapshot, self.work())], keep=_FOUND)
 
     def conclude(self, summary: Mapping[str, Any]) -> None:
         """Write what a finished sweep found, beside what is there of one that runs."""
@@ -150,7 +152,7 @@ def _read(path: Path, keep: set[str]) -> dict[str, list[str]]:
     if not path.is_file():
         return {}
     lines: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         name = line.partition(" ")[0].partition("{")[0]
         if name in keep:
             lines.setdefault(name, []).append(line)

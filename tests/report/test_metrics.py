@@ -75,6 +75,18 @@ def test_a_running_sweep_is_scraped(tmp_path: Path) -> None:
     assert found["ray_auditor_starved_seconds", ()] == 0.5
 
 
+def test_a_file_that_cannot_be_written_or_read_ends_no_sweep(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"ray_auditor_exit_code\xff\xfe{ \n")
+    run(tmp_path)
+    gone = tmp_path / "gone"
+    clock = Clock()
+    tell = Metrics(gone).progress
+    with SweepProgress(2, console=Console(file=io.StringIO()), clock=clock, tell=tell) as progress:
+        clock.now += 60
+        progress.update({"ok": 1}, 10)
+    assert not gone.exists()
+
+
 def test_what_a_sweep_found_stays_while_the_next_one_runs(tmp_path: Path, summary: dict[str, Any]) -> None:
     summary["flags"][0]["acknowledged"] = dict.fromkeys(("who", "why", "until", "at"), "x")
     summary["exit_code"] = exit_code_of(summary)
