@@ -1,15 +1,23 @@
 """The worker between engine and store: which positions count, what it refuses."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ray_auditor.config import AuditConfig, EngineConfig
+from ray_auditor.engine.parameters import SwapError
 from ray_auditor.engine_class import engine_class
-from ray_auditor.hub import CandidateError
-from ray_auditor.worker import Worker
+from ray_auditor.hub import Candidate, CandidateError, admit, open_base
+from ray_auditor.store import Store, Unit
+from ray_auditor.suites import Prompt, Suite, Suites
+from ray_auditor.worker import Assignment, Worker, WorkerSpec
+from tests.tiny import make_adapter, make_finetune, make_model, make_sae
 
 
 def features(num_tokens: int, sq_norm: float = 1.0) -> Any:
@@ -85,3 +93,91 @@ def test_every_engine_setting_that_can_change_a_number_changes_the_class() -> No
     config = AuditConfig()
     config.cluster.gpus_per_worker = 1
     assert engine_class(config) != plain
+
+
+class Rig:
+    """A real worker on a tiny base, its store, and candidates to give it."""
+
+    def __init__(self, root: Path) -> None:
+        base_path = make_model(root / "base")
+        make_finetune(root / "full", base_path, seed=1)
+        make_adapter(root / "adapter", base_path, seed=2)
+        make_adapter(root / "merged", base_path, seed=3, use_dora=True)
+        self.root, self.base, sae = root, open_base(base_path, num_layers=3), make_sae()
+        ids = np.arange(3, 23, dtype=np.int32)
+        prompt = Prompt("", ids, (), np.arange(len(ids)) > 0)
+        suites = Suites(tuple(Suite(name, (prompt, prompt), 0) for name in ("general", "other")))
+        self.unit = Unit("", self.base.key, sae.key, sae.hook_name, suites.key, 8, sae.d_sae, "test")
+        config = EngineConfig(max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=8)
+        base_unit = replace(self.unit, candidate_key=self.base.content_sha256)
+        spec = WorkerSpec(self.base, base_unit, sae, suites, 8, config, root / "store", 1)
+        self.worker, self.store = Worker(spec), Store(root / "store")
+        self.worker.audit(Assignment(base_unit, None))
+
+    def task(self, name: str) -> Assignment:
+        kind = "full" if name == "full" else "adapter"
+        found = Candidate(name, self.root / name, kind, 0)  # type: ignore[arg-type]
+        admitted = admit(found, self.base, num_layers=3, max_lora_rank=8)
+        return Assignment(replace(self.unit, candidate_key=admitted.content_sha256), admitted)
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(tmp_path_factory.mktemp("worker"))
+    yield rig
+    rig.worker._engine.close()
+
+
+def flip(places: Any) -> None:
+    rows = places.rows("model.layers.1.mlp.up_proj.weight").view(torch.int32)
+    rows[3, 5] ^= 1
+
+
+@pytest.mark.parametrize("name", ["full", "merged", "adapter"])
+@pytest.mark.parametrize("fault", ["a bit flips", "nothing is written"])
+def test_a_swap_with_a_fault_commits_nothing(
+    rig: Rig, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_auditor.engine import live
+    from ray_auditor.engine.staging import Staging
+
+    task = rig.task(name)
+    swap, write = Staging.swap, live.write_adapter
+
+    def broken_swap(self: Staging, key: str, specs: Any) -> Any:
+        before = {slot: self._places.rows(slot).clone() for slot in self._places.slots}
+        expected = swap(self, key, specs)
+        if fault == "a bit flips":
+            flip(self._places)
+        else:
+            for slot, rows in before.items():
+                self._places.rows(slot).copy_(rows)
+        return expected
+
+    def broken_write(folder: Path, tensors: Any) -> None:
+        changed = {module: (a.clone(), b.clone()) for module, (a, b) in tensors.items()}
+        for _, lora_b in changed.values():
+            if fault == "a bit flips":
+                lora_b.view(torch.int32)[0, 0] ^= 1
+                break
+            lora_b.zero_()
+        write(folder, changed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "swap", broken_swap)
+        patch.setattr(live, "write_adapter", broken_write)
+        with pytest.raises(SwapError):
+            rig.worker.audit(task)
+    assert not rig.store.has(task.unit.key)
+
+
+@pytest.mark.parametrize("name", ["full", "merged", "adapter"])
+def test_without_a_fault_the_same_candidate_is_committed(rig: Rig, name: str) -> None:
+    task = rig.task(name)
+    ran = rig.worker.audit(task)
+    record = rig.store.read_record(task.unit.key)
+    assert record["proof"]
+    assert ran.num_tokens == record["num_tokens_run"] == 80
+    assert ran.num_bytes == record["num_weight_bytes"] > 0
+    assert ran.seconds["encode"] > 0
+    assert ran.seconds["forward"] > 0

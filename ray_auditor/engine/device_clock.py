@@ -34,6 +34,10 @@ class DeviceClock:
         event.record()
         self._marks.append(event)
 
+    def forget(self) -> None:
+        """Drop all blocks so far, finished on the device or not."""
+        self._marks.clear()
+
     def take(self) -> float:
         """Seconds of all blocks since the last call; on a GPU the caller has waited for the device."""
         pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))

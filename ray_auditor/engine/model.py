@@ -97,7 +97,7 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         """
         self.watch = watch
         device = self.encoder.b_enc_F.device
-        self.clock.take()
+        self.clock.forget()
         self.table = torch.empty(num_tokens, 2 * self.k + NUM_SCALARS, device=device)
         self.num_rows = 0
 
