@@ -66,7 +66,7 @@ def test_a_kill_at_any_byte_loses_that_line_alone(tmp_path: Path) -> None:
 
 
 def _append_many(path: Path, name: str) -> None:
-    for number in range(50):
+    for number in range(20):
         append_lines(path, f"{name} {number} {'x' * 500}\n".encode())
 
 
@@ -80,8 +80,8 @@ def test_writers_take_turns(tmp_path: Path) -> None:
     lines = (tmp_path / "f").read_text().splitlines()
     for name in "abc":
         mine = [line for line in lines if line.startswith(name)]
-        assert mine == [f"{name} {number} {'x' * 500}" for number in range(50)]
-    assert len(lines) == 150
+        assert mine == [f"{name} {number} {'x' * 500}" for number in range(20)]
+    assert len(lines) == 60
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "null", "{", '{"until": 3}'])
@@ -129,7 +129,6 @@ def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.Captur
     said = ["ack.who=ada@example.org", "ack.why=we trained it: see #3, 'quoted'", "ack.until=2099-01-31"]
     assert main(["report", f"out_dir={swept}"]) == 1
     for flag in flags:
-        assert main(["ack", flag["candidate"], f"out_dir={swept}", *said]) == 0
         assert main(["ack", flag["candidate"], f"out_dir={swept}", *said]) == 0
     capsys.readouterr()
     now = summary_of(swept)
