@@ -202,7 +202,7 @@ def run_stages(
     )
     meter, told = plan.meter, RayMetrics(plan.work)
     meter.start()
-    idle = deque(actor.remote(spec) for _ in range(config.num_workers))
+    idle = deque(actor.remote(spec, time.time()) for _ in range(config.num_workers))
     failures: dict[str, CandidateError | str] = {}
     num_tokens, num_done = 0, 0 if num_left is None else progress.total - num_left
     for number, stage in enumerate(timed(stages, plan.work)):
@@ -234,7 +234,7 @@ def run_stages(
                     idle.append(flight.worker)
                 else:
                     ray.kill(flight.worker)
-                    idle.append(actor.remote(spec))
+                    idle.append(actor.remote(spec, time.time()))
                     is_own_fault = isinstance(failure, CandidateError) and failure.status != "failed"
                     refusal = None if is_own_fault else meter.refuse_unit()  # no time for another attempt
                     failure = refusal or failure

@@ -79,9 +79,15 @@ class Assignment:
 class Worker:
     """Owns one live engine. After any exception its state is unknown and the driver discards the actor."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        """Start the engine on the base."""
-        begun = time.perf_counter()
+    def __init__(self, spec: WorkerSpec, asked_at: float | None = None) -> None:
+        """Start the engine on the base.
+
+        Args:
+            spec: What it needs.
+            asked_at: When the driver asked for this worker, in seconds of the epoch: from then on its device
+                is held. None: now.
+        """
+        asked_at = asked_at or time.time()
         go_offline()
         torch.set_num_threads(spec.num_threads)
         from ray_auditor.engine.live import Engine
@@ -99,7 +105,7 @@ class Worker:
         max_tokens = max(len(prompt.token_ids) for _, _, prompt in self._prompts)
         self._engine = Engine(spec.base, spec.sae, k=spec.k, max_tokens=max_tokens, config=spec.engine)
         self._free_since = time.perf_counter()
-        self._start_s: float | None = self._free_since - begun
+        self._start_s: float | None = max(0.0, time.time() - asked_at)
 
     def audit(self, assignment: Assignment, upcoming: Assignment | None = None) -> Ran:
         """Load, prove, stream, commit.

@@ -58,6 +58,9 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audit]:
     patch.setenv("HF_HUB_OFFLINE", "0")
     server = HubServer()
     server.always = LIMITS
+    server.resolving = {
+        name: value.replace("api", "resolvers").replace("499", "9") for name, value in LIMITS.items()
+    }
     with serving(server):
         patch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         yield Audit(tmp_path_factory.mktemp("plan"), server)
@@ -151,6 +154,9 @@ def test_the_next_plan_knows_the_cost_and_goes_on(audit: Audit, swept: dict[str,
     assert forecast["wall_s"]["expected"] > 1  # a worker's start is part of it
     assert forecast["price"]["expected"] == pytest.approx(2 * forecast["gpu_hours"]["expected"])
     assert forecast["move_s"] > 0
+    resolvers = forecast["requests"]["resolvers"]
+    assert resolvers["needed"] == forecast["files_to_move"] == 2  # a0's config has stayed what it was
+    assert (resolvers["quota"], resolvers["window_s"], resolvers["seconds"]) == (500, 300, 0)
 
 
 def test_hours_are_deferred_in_the_order_of_listing(audit: Audit, swept: dict[str, Any], capfd: Any) -> None:

@@ -55,14 +55,16 @@ def run_job(job: Outcome, secret: Outcome) -> Outcome:
     """Fetch one file into `path`, verify it, and move it to `target`.
 
     Returns:
-        `outcome` is `done`; `status` with `status` and `headers`; or, with `text`, `corrupt` or `size` (the
-        server has other bytes, or more or fewer), `stale`, `network`, `disk`, `busy`, `offline`.
+        `outcome` is `done` with `headers`; `status` with `status` and `headers`; or, with `text`, `corrupt`
+        or `size` (the server has other bytes, or more or fewer), `stale`, `network`, `disk`, `busy`,
+        `offline`.
     """
     descriptor = os.open(job["path"], os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         outcome = _fetch(descriptor, job, secret)
         if outcome["outcome"] == "done":
+            outcome["headers"] = job.get("headers", {})
             os.fchmod(descriptor, 0o444)
             os.fsync(descriptor)
             os.rename(job["path"], job["target"])
@@ -146,6 +148,7 @@ def _read_http(
     try:
         # The client drops the token when a redirect leads to another host.
         with get_session().stream("GET", job["url"], headers=headers, timeout=None) as response:
+            job["headers"] = _kept((*response.history, response)[0])  # the hub's own, before any redirect
             if response.status_code not in (200, 206):
                 yield _refusal(response)
                 return
@@ -189,9 +192,13 @@ def _read_range(job: Outcome, response: Any, start: int, stop: int) -> Iterator[
 
 
 def _refusal(response: Any) -> Outcome:
+    return {"outcome": "status", "status": response.status_code, "headers": _kept(response)}
+
+
+def _kept(response: Any) -> dict[str, str]:
+    """What an answer says of when, and how often, one may ask."""
     names = ("ratelimit", "ratelimit-policy", "retry-after", "date", "x-error-code")
-    kept = {name: response.headers[name][:200] for name in names if name in response.headers}
-    return {"outcome": "status", "status": response.status_code, "headers": kept}
+    return {name: response.headers[name][:200] for name in names if name in response.headers}
 
 
 def _continues(content_range: str | None, start: int) -> bool:

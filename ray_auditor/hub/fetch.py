@@ -135,6 +135,7 @@ class Fetcher:
                 self.seconds += time.monotonic() - begun
             kind, said = outcome["outcome"], f"{file.name}: {outcome.get('text', '')}"
             if kind == "done":
+                self._limit.learn(outcome["headers"])
                 with self._lock:
                     self.num_bytes += outcome["num_moved"]
                 if file.num_layers is not None:  # what ranges come to is known now

@@ -75,6 +75,7 @@ class HubServer(ThreadingHTTPServer):
         self.page_size = page_size
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, str] = {}  # headers of every answer of the API
+        self.resolving: dict[str, str] = {}  # headers of every answer where files are
         self.requests: list[str] = []
         self.ranges: list[str] = []
         self.seen_tokens: set[str] = set()
@@ -222,6 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         data = files.get(unquote(file))
         if data is None:
             raise Answer(404, X_Error_Code="EntryNotFound")
+        self.extra |= self.server.resolving
         self.extra["X-Repo-Commit"] = revision
         self.extra["ETag"] = f'"{git_oid(data)}"'
         if file.endswith(".safetensors") and self.body is None and self.cut_at is self.stall_at is None:

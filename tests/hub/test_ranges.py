@@ -14,6 +14,7 @@ import pytest
 from hub_server import Handler, HubServer, answer, cut, serving
 from s3_server import S3Server
 
+from ray_auditor.budget import Limits, Meter
 from ray_auditor.config import AuditConfig
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, admit, open_base
 from ray_auditor.hub.cache import Cache
@@ -209,9 +210,14 @@ def test_the_row_says_that_no_hash_was_checked(bench: Bench, base: BaseModel, tm
     config.download = replace(config.download, min_free_bytes=0)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         for pinned in (bench.pin(), bench.pin().in_ranges(NUM_LAYERS)):
-            arrivals = Arrivals([pinned], remote, Recall(ledger, UNIT, "rules", set()), look, config)
+            meter = Meter(Limits(num_bytes=1e9, given={"max_download_bytes": 1e9}), 1)
+            recall = Recall(ledger, UNIT, "rules", set())
+            arrivals = Arrivals([pinned], remote, recall, look, config, meter, range_share=0.1)
             assert len(list(arrivals.stages())) == 1
             assert (UNVERIFIED in arrivals.rows["org/m"].notes) == pinned.is_unverified
+            meter.move(10**9 - arrivals.fetched_bytes)  # what moved was counted, to the byte
+            with pytest.raises(CandidateError, match="max_download_bytes"):
+                meter.move(1)
     assert pinned.is_unverified
 
 
