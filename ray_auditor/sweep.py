@@ -85,7 +85,8 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
     refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}
     if config.screen.share is not None:
         small = screen_of(plan)
-        plan = clear(plan, settle(small), execute(small, "screen: "))
+        failures = execute(small, "screen: ")
+        plan = clear(plan, settle(small), failures)
         lease.check()
     failures = execute(plan)
     lease.check()
