@@ -19,6 +19,7 @@ from rich.table import Table
 from ray_auditor.calibration import CALIBRATION_VERSION, Calibration, Variant, write_calibration
 from ray_auditor.cluster import cluster, device_kinds
 from ray_auditor.config import AuditConfig, Dtype
+from ray_auditor.driver import BaseFailed, run_stages
 from ray_auditor.engine import num_layers_of
 from ray_auditor.engine_class import engine_class
 from ray_auditor.gate import Fit, measure_fit
@@ -31,7 +32,6 @@ from ray_auditor.reduce import available_ks, reduce_prompts
 from ray_auditor.report.number import decimal
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.store import TokenRows
-from ray_auditor.sweep import BaseFailed, run_stages
 from ray_auditor.worker import Assignment
 
 CALIBRATION = "+calibration"  # marks the base's passes under another engine

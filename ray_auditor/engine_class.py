@@ -13,9 +13,8 @@ def engine_class(config: AuditConfig) -> str:
     engine = config.engine
     return (
         f"rows {ROWS_VERSION} vllm {engine_version()} torch {version('torch')} {device_name(config)} "
-        f"{engine.dtype.value} {'eager' if engine.eager else 'compiled'} "
-        f"step {engine.max_step_tokens}x{engine.max_step_prompts} kv {engine.kv_cache_bytes} "
-        f"lora {engine.max_lora_rank}"
+        f"{engine.dtype.value} step {engine.max_step_tokens}x{engine.max_step_prompts} "
+        f"kv {engine.kv_cache_bytes}"
     )
 
 

@@ -213,7 +213,7 @@ def decode_shard(data: Bytes, *, k: int, d_sae: int, metadata: Mapping[str, str]
 def write_ipc(table: Any) -> bytes:
     """An Arrow IPC file of `table`, zstd, in batches of at most `MAX_BATCH_ROWS`."""
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1), use_threads=True)
     with pa.ipc.new_file(sink, table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=MAX_BATCH_ROWS)
     return bytes(sink.getvalue())

@@ -1,24 +1,17 @@
-"""The Ray driver: which units to run, the window in flight, retries, quarantine, resume."""
+"""The verb `sweep`: which units to run, and what is drawn from them."""
 
-import re
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import ray
 from rich.console import Console
 
-from ray_auditor.budget import Meter
 from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
-from ray_auditor.engine.parameters import SwapError
+from ray_auditor.driver import BaseFailed, run_stages
 from ray_auditor.forecast import keep_rate_limits
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
@@ -26,38 +19,13 @@ from ray_auditor.hub.remote import SourceError
 from ray_auditor.lease import Lease, LeaseHeld
 from ray_auditor.plan import Plan, check_gate
 from ray_auditor.preview import plan_sweep
-from ray_auditor.ray_metrics import RayMetrics
 from ray_auditor.report.finding import EXIT_FAILED
 from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
 from ray_auditor.screen import clear, screen_of
 from ray_auditor.store import ShardError
-from ray_auditor.work import Ran, Work
-from ray_auditor.worker import Assignment, Worker
-
-POLL_S = 0.5
-MAX_REASON_CHARS = 300
-
-
-@dataclass(frozen=True)
-class Flight:
-    """An assignment on its way through a worker."""
-
-    worker: Any
-    assignment: Assignment
-    attempt: int
-    deadline: float  # monotonic seconds
-    begun: float
-
-
-class BaseFailed(RuntimeError):
-    """The base itself could not be encoded, so nothing can be compared.
-
-    `refusal` is set when there was no time left for it.
-    """
-
-    refusal: CandidateError | None = None
+from ray_auditor.worker import Assignment
 
 
 def run_sweep(config: AuditConfig) -> int:
@@ -164,157 +132,3 @@ def settle(plan: Plan) -> Plan:
         return plan
     rows = [plan.arrivals.rows.get(row.id, row) for row in plan.rows]
     return replace(plan, rows=tuple(keep_apart(row, rows) for row in rows))
-
-
-def run_stages(
-    stages: Iterable[Sequence[Assignment]],
-    plan: Plan,
-    num_threads: int,
-    progress: SweepProgress,
-    after_stage: Callable[[], None] = lambda: None,
-    num_left: int | None = None,
-) -> dict[str, CandidateError | str]:
-    """Run every stage's assignments, each stage after the one before; keep every worker busy.
-
-    One assignment is in flight per worker, the largest first. A worker that raised, died, or overran its
-    deadline holds an engine in an unknown state: it is replaced. Its assignment is tried again on a fresh one
-    up to `cluster.max_attempts` times, unless the fault is the candidate's own.
-
-    Args:
-        stages: What to run.
-        plan: What it belongs to.
-        num_threads: A worker's.
-        progress: Told the state.
-        after_stage: Called after every stage but the last; what it raises ends the run.
-        num_left: Assignments in all stages, at most; None: all of `progress`.
-
-    Returns:
-        By unit key, why an assignment has no result: the candidate's own error, or ours in words.
-
-    Raises:
-        BaseFailed: The base could not be encoded.
-    """
-    config = plan.config.cluster
-    spec = ray.put(plan.worker_spec(num_threads))
-    actor = ray.remote(Worker).options(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-        accelerator_type=config.accelerator_type,
-    )
-    meter, told = plan.meter, RayMetrics(plan.work)
-    meter.start()
-    idle = deque(actor.remote(spec, time.time()) for _ in range(config.num_workers))
-    failures: dict[str, CandidateError | str] = {}
-    num_tokens, num_done = 0, 0 if num_left is None else progress.total - num_left
-    for number, stage in enumerate(timed(stages, plan.work)):
-        if number:
-            after_stage()
-        queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
-        flying: dict[Any, Flight] = {}
-        while queue or flying:
-            while queue and idle:
-                if refusal := meter.refuse_unit():
-                    refused = refuse_all(queue, refusal)
-                    failures |= refused
-                    num_done += len(refused)
-                    break
-                worker, (task, attempt) = idle.popleft(), queue.popleft()
-                deadline = time.monotonic() + config.unit_timeout_s
-                flying[worker.audit.remote(task, queue[0][0] if queue else None)] = Flight(
-                    worker, task, attempt, deadline, time.monotonic()
-                )
-            counts = {"ok": num_done - len(failures), "failed": len(failures), "running": len(flying)}
-            progress.update(counts, num_tokens, [flight.assignment.name for flight in flying.values()])
-            for reference in landed_or_overdue(flying, meter):
-                flight = flying.pop(reference)
-                outcome = outcome_of(reference)
-                failure = None if isinstance(outcome, Ran) else outcome
-                if isinstance(outcome, Ran):
-                    told.add(outcome)
-                    meter.landed(time.monotonic() - flight.begun)
-                    idle.append(flight.worker)
-                else:
-                    ray.kill(flight.worker)
-                    idle.append(actor.remote(spec, time.time()))
-                    is_own_fault = isinstance(failure, CandidateError) and failure.status != "failed"
-                    refusal = None if is_own_fault else meter.refuse_unit()  # no time for another attempt
-                    failure = refusal or failure
-                    if not (is_own_fault or refusal) and flight.attempt < config.max_attempts:
-                        queue.append((flight.assignment, flight.attempt + 1))
-                        continue
-                num_done += 1
-                num_tokens += plan.suites.num_tokens
-                if failure is not None:
-                    failures[flight.assignment.unit.key] = failure
-                    if flight.assignment.candidate is None:
-                        raise base_failed(flight.assignment, failure)
-    return failures
-
-
-def refuse_all(
-    queue: deque[tuple[Assignment, int]], refusal: CandidateError
-) -> dict[str, CandidateError | str]:
-    """Empty the queue; by unit key, why.
-
-    Raises:
-        BaseFailed: The base was in it.
-    """
-    tasks = [task for task, _ in queue]
-    queue.clear()
-    for task in tasks:
-        if task.candidate is None:
-            raise base_failed(task, refusal)
-    return {task.unit.key: refusal for task in tasks}
-
-
-def base_failed(task: Assignment, failure: CandidateError | str) -> BaseFailed:
-    """The error that ends a sweep."""
-    error = BaseFailed(f"{task.name} could not be encoded: {failure}")
-    error.refusal = failure if isinstance(failure, CandidateError) and failure.status == "deferred" else None
-    return error
-
-
-def landed_or_overdue(flying: dict[Any, Flight], meter: Meter) -> list[Any]:
-    """References that are ready, after a short wait, and those past their deadline or the sweep's."""
-    ready, waiting = ray.wait(list(flying), num_returns=1, timeout=POLL_S)
-    now, is_over = time.monotonic(), meter.time_left_s <= 0
-    return [*ready, *(reference for reference in waiting if is_over or now > flying[reference].deadline)]
-
-
-def timed(stages: Iterable[Sequence[Assignment]], work: Work) -> Iterator[Sequence[Assignment]]:
-    """The stages; `work` is told how long they were waited for."""
-    following = iter(stages)
-    while True:
-        begun = time.monotonic()
-        stage = next(following, None)
-        work.waited_s += time.monotonic() - begun
-        if stage is None:
-            return
-        yield stage
-
-
-def outcome_of(reference: Any) -> Ran | CandidateError | str:
-    """What the assignment took, once it is committed; the quarantine line: whatever went wrong ends here.
-
-    A `CandidateError` that is `failed` is not the candidate's fault but the engine's, worth another try.
-    """
-    try:
-        ran: Ran = ray.get(reference, timeout=0)
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, CandidateError):
-            return cause
-        if isinstance(cause, SwapError):
-            return CandidateError("failed", "swap_unproven", str(cause).splitlines()[0])
-        if isinstance(error, ray.exceptions.GetTimeoutError):
-            return "unit_timeout: cluster.unit_timeout_s passed"
-        return say(cause or error)
-    return ran
-
-
-def say(error: BaseException) -> str:
-    """One line of an error: the last that names an exception, for a traceback comes with some."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
-    last = (named or lines or ["no message"])[-1]
-    return f"{type(error).__name__}: {last}"[:MAX_REASON_CHARS]

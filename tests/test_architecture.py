@@ -32,6 +32,7 @@ ORDER = (
     ("flag",),
     ("report",),
     ("engine",),
+    ("layout",),
     ("worker",),
     ("acknowledgement", "tables", "outputs", "reader", "drilldown", "showing", "serve"),
     ("budget", "cost", "engine_class", "progress_line"),
@@ -45,6 +46,7 @@ ORDER = (
     ("conclusion", "evaluate"),
     ("dashboard",),
     ("cluster", "ray_metrics"),
+    ("driver",),
     ("sweep", "doctor", "null"),
     ("calibrate",),
     ("demo",),
@@ -52,7 +54,7 @@ ORDER = (
 )
 ONLY_IN = {
     "vllm": {"engine"},
-    "ray": {"cluster", "ray_metrics", "sweep"},
+    "ray": {"cluster", "driver", "ray_metrics"},
     "hydra": {"__main__", "config"},
     "omegaconf": {"__main__", "config"},
     "sae_lens": {"sae"},

@@ -78,7 +78,7 @@ def test_a_file_that_is_no_summary_is_named(capfd: pytest.CaptureFixture[str], t
         ("saes.k=3", "saes"),
         ("engine=tpu", "tpu"),
         ("engine.dtype=int3", "int3"),
-        ("engine.max_lora_rank=7", "engine.max_lora_rank must be one of"),
+        ("engine.max_lora_rank=-1", "engine.max_lora_rank must be >= 0"),
         ("cluster.num_workers=0", "cluster.num_workers must be >= 1, got 0"),
         ("flag.confidence=1.0", "flag.confidence must be in [0.5, 1), got 1.0"),
         ("flag.min_z=inf", "flag.min_z must be > 0 and finite, got inf"),

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import ray
 
-from ray_auditor import sweep
+from ray_auditor import driver
 from ray_auditor.budget import Limits, Meter
 from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
+from ray_auditor.driver import BaseFailed, run_stages
 from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
-from ray_auditor.sweep import BaseFailed, run_stages
 from ray_auditor.work import Ran, Work
 
 
@@ -28,7 +28,7 @@ class Unruly:
         self.log = log
         self.used = False
 
-    def audit(self, task: Any, upcoming: Any = None) -> Ran:
+    def audit(self, task: Any) -> Ran:
         with open(self.log, "a") as log:
             log.write(f"{task.name} {os.getpid()}\n")
         attempts = Path(self.log).read_text().split().count(task.name)
@@ -43,6 +43,11 @@ class Unruly:
             time.sleep(600)
         if kind == "unproven" or (kind == "unprovenonce" and attempts == 1):
             raise SwapError("model.norm on the device has checksum 1, the checkpoint 2")
+        if kind == "meet":
+            deadline = time.monotonic() + 20
+            while not {"meet-1", "meet-2"} <= set(Path(self.log).read_text().split()):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
         if kind == "refuse":
             raise CandidateError("rejected", "changed", "the file changed")
         time.sleep(0.05)
@@ -65,7 +70,7 @@ def running() -> Any:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sweep, "Worker", Unruly)
+    monkeypatch.setattr(driver, "Worker", Unruly)
     log = tmp_path / "log"
     log.touch()
 
@@ -107,8 +112,25 @@ def test_whatever_one_candidate_does_the_others_finish(run: Any) -> None:
     assert failures["silent-1"] == "AssertionError: no message"
     assert failures["raise-1"] == "RuntimeError: the engine is poisoned"
     assert isinstance(failures["refuse-1"], CandidateError)
-    twice = {"raise-1", "silent-1", "die-1", "dieonce-1"}
-    assert {name: log.count(name) for name in names} == {name: 1 + (name in twice) for name in names}
+    assert log.count("refuse-1") >= 1
+    for name in ("raise-1", "silent-1", "die-1", "dieonce-1"):
+        assert log.count(name) >= 2  # and more, where it shared a worker with another that failed
+
+
+def test_those_who_share_a_worker_with_one_that_fails_do_not_fail_with_it(run: Any) -> None:
+    bad = [task(f"{kind}-{number}", 5) for kind in ("die", "raise", "refuse") for number in range(2)]
+    fine = [task(f"fine-{number}", 5) for number in range(6)]
+    failures, _ = run([one for pair in zip(bad, fine, strict=True) for one in pair])
+    assert failures.keys() == {one.name for one in bad}
+
+
+def test_a_worker_has_two_in_flight_and_a_second_attempt_has_it_alone(run: Any, tmp_path: Path) -> None:
+    run([task("meet-1"), task("meet-2")], num_workers=1)  # each waits for the other
+    run([task("raise-1", 1), *(task(f"fine-{number}") for number in range(6))], num_workers=1)
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    pids = dict(lines)
+    assert pids["meet-1"] == pids["meet-2"]
+    assert [name for name, pid in lines if pid == pids["raise-1"]][-1] == "raise-1"
 
 
 def test_after_an_error_or_a_refusal_the_engine_is_a_fresh_one(run: Any, tmp_path: Path) -> None:
@@ -122,18 +144,20 @@ def test_a_swap_that_cannot_be_proven_is_tried_once_more_on_a_fresh_engine(run: 
     assert {name: str(error) for name, error in failures.items()} == {
         "unproven-1": "failed:swap_unproven: model.norm on the device has checksum 1, the checkpoint 2"
     }
-    assert (log.count("unproven-1"), log.count("unprovenonce-1")) == (2, 2)
+    assert min(log.count("unproven-1"), log.count("unprovenonce-1")) >= 2
     lines = (tmp_path / "log").read_text().splitlines()
-    assert len({pid for name, pid in map(str.split, lines) if name == "unproven-1"}) == 2
+    assert len({pid for name, pid in map(str.split, lines) if name == "unproven-1"}) >= 2
 
 
 def test_the_largest_goes_first_and_stages_do_not_mix(run: Any) -> None:
     _, log = run([task("base")], [task("small", 1), task("large", 9), task("middle", 5)], num_workers=1)
-    assert log == ["base", "large", "middle", "small"]
+    assert log[0] == "base"
+    assert {*log[1:3]} == {"large", "middle"}  # under way together
+    assert log[3] == "small"
 
 
 def test_a_candidate_that_hangs_is_given_up(run: Any) -> None:
-    failures, log = run([task("hang-1", 9), task("fine-1")], unit_timeout_s=12.0, max_attempts=1)
+    failures, log = run([task("hang-1", 9), task("fine-1")], unit_timeout_s=25.0, max_attempts=1)
     assert failures == {"hang-1": "unit_timeout: cluster.unit_timeout_s passed"}
     assert log.count("fine-1") == 1
 
@@ -170,14 +194,18 @@ def budget(log: Path, name: str) -> Meter:
 def test_a_budget_that_is_used_up_defers_the_rest_and_gives_the_device_back(run: Any, tmp_path: Path) -> None:
     failures, log = run(
         [task("fine-1", 9)],
-        [task("hang-1", 5), task("fine-2", 1)],
+        [task("hang-1", 5), task("hang-2", 3), task("hang-3", 1)],
         num_workers=1,
         meter=budget(tmp_path / "log", "hang-1"),
     )
-    assert log == ["fine-1", "hang-1"]  # given up long before its own deadline of an hour
+    assert log[:2] == ["fine-1", "hang-1"] or log[:3:2] == [
+        "fine-1",
+        "hang-1",
+    ]  # given up long before its own deadline of an hour
     assert {name: failure.reason[:23] for name, failure in failures.items()} == {
         "hang-1": "deferred:max_gpu_hours:",
-        "fine-2": "deferred:max_gpu_hours:",
+        "hang-2": "deferred:max_gpu_hours:",
+        "hang-3": "deferred:max_gpu_hours:",
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import ray_auditor.weight_change as weight_change
 from ray_auditor.hub import Admitted, BaseModel, Candidate, CandidateError, admit, open_base
 from ray_auditor.hub.weights import read_weights
-from ray_auditor.weight_change import BaseWeights, WeightChange, largest_energy
+from ray_auditor.weight_change import BaseWeights, WeightChange, change_between, largest_energies
 from tests.tiny import make_adapter, make_finetune, make_model
 
 State = dict[str, Tensor]
@@ -127,8 +127,30 @@ def spectra() -> dict[str, Tensor]:
 def test_the_largest_energy_is_within_the_tolerance_that_is_stated(name: str, matrix: Tensor) -> None:
     wanted = float(torch.linalg.svdvals(matrix.double())[0]) ** 2
     slack = {"decay": 1e-5, "rank": 1e-5}.get(name.split()[0], 0.05)
-    assert wanted * (1 - slack) <= largest_energy(matrix) <= wanted * (1 + 1e-5)
-    assert largest_energy(matrix) == largest_energy(matrix.clone())
+    found = largest_energies(matrix[None])
+    assert wanted * (1 - slack) <= found[0] <= wanted * (1 + 1e-5)
+    assert found == largest_energies(matrix.clone()[None])
+
+
+def test_matrices_of_one_stack_do_not_disturb_each_other() -> None:
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(3, 60, 40, generator=generator)
+    rank_one = torch.randn(60, 1, generator=generator) @ torch.randn(1, 40, generator=generator)
+    stack = torch.cat([noise, rank_one[None], torch.zeros(1, 60, 40)])
+    wanted = torch.linalg.svdvals(stack.double())[:, 0] ** 2
+    for found, exact in zip(largest_energies(stack), wanted.tolist(), strict=True):
+        assert 0.98 * exact <= found <= exact * (1 + 1e-5)
+
+
+def test_tensors_at_hand_are_weighed_as_files_are() -> None:
+    generator = torch.Generator().manual_seed(6)
+    shapes = {"a": (30, 20), "b": (30, 20), "c": (30, 20), "d": (7, 9), "norm": (20,), "still": (20,)}
+    base = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    state = {name: tensor * (1 if name in ("c", "still") else 1.25) for name, tensor in base.items()}
+    state["b"] = (base["b"].float() + torch.randn(30, 20, generator=generator)).bfloat16()
+    found = change_between({name: (state[name], base[name]) for name in base})
+    assert_near(found, oracle(base, state), slack=0.05)
+    assert change_between({name: (base[name], base[name]) for name in base}) == WeightChange(0.0, None, 0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e18, 1e30])

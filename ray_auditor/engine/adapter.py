@@ -1,18 +1,16 @@
-"""A LoRA adapter on its way into the engine: rewritten by us, read by vLLM, proven in its slot."""
+"""A LoRA adapter beside the live weights: two small matrix products in every layer that it changes."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ray_auditor.engine.parameters import SwapError
+from ray_auditor.engine.parameters import ParameterMap, SwapError
 from ray_auditor.hub import LoraSpec, TensorSource
 from ray_auditor.hub.checkpoint import iter_tensors
 
+PLACE = "ray_auditor_adapter"  # attribute of a layer: its slices
 AdapterTensors = dict[str, tuple[Tensor, Tensor]]
 """Module name, as in the base's checkpoint -> (lora_A [r, in], lora_B [out, r] times its scaling)."""
 
@@ -30,121 +28,65 @@ def read_adapter(lora: LoraSpec, specs: Mapping[str, TensorSource], dtype: torch
     }
 
 
-def write_adapter(folder: Path, tensors: AdapterTensors) -> None:
-    """Write the folder vLLM reads: our own configuration, scalings folded into B.
+@dataclass(frozen=True)
+class AdapterSlice:
+    """What one adapted module adds to a layer, which may hold several modules fused."""
 
-    The candidate's own folder is never shown to vLLM: its configuration can name any module to import,
-    and a missing safetensors file would make vLLM open a pickle.
-    """
-    rank = max(lora_a.shape[0] for lora_a, _ in tensors.values())
-    state = {}
-    for module, (lora_a, lora_b) in tensors.items():
-        state[f"base_model.model.{module}.lora_A.weight"] = lora_a.contiguous()
-        state[f"base_model.model.{module}.lora_B.weight"] = lora_b.contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted({module.rpartition(".")[2] for module in tensors}),
-        "bias": "none",
-    }
-    folder.mkdir(parents=True)
-    save_file(state, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    module: str
+    start: int  # first output column
+    lora_A: Tensor  # [r, in], on the device
+    lora_B: Tensor  # [out, r], scaling included
 
 
-@torch.no_grad()
-def clear_slots(model: nn.Module) -> None:
-    """Zero every adapter slot: vLLM forgets an adapter that is removed and leaves its numbers there."""
-    for layer in model.modules():
-        for name in ("lora_a_stacked", "lora_b_stacked"):
-            stacked = getattr(layer, name, ())
-            for slot in (stacked,) if isinstance(stacked, Tensor) else stacked:
-                slot.zero_()
+def slices_of(layer: nn.Module) -> Sequence[AdapterSlice]:
+    """What the live adapter adds to a layer."""
+    parts: Sequence[AdapterSlice] = layer.__dict__.get(PLACE, ())
+    return parts
 
 
-@torch.no_grad()
-def prove_slot(model: nn.Module, tensors: AdapterTensors, packed: Mapping[str, list[str]]) -> None:
-    """Hold the engine's only adapter slot to the adapter: its tensors in place, zero everywhere else.
+def put_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensors) -> None:
+    """Add an adapter to the live model.
 
-    Without an adapter, to zero everywhere: then no arithmetic could mix a former one into these rows.
+    Args:
+        model: The live one.
+        places: Where the modules' weights lie in it.
+        tensors: Empty: none.
 
     Raises:
-        SwapError: A slice of the slot differs, or a module of the adapter has no slot.
+        SwapError: A module has no place in the model, or another shape there.
     """
-    holds: dict[str, Tensor] = {}  # by module; read together at the end, so the host waits once
-    for name, layer in model.named_modules():
-        if not hasattr(layer, "lora_a_stacked"):
-            continue
-        if isinstance(layer.lora_a_stacked, Tensor):  # the embedding, which no admitted adapter touches
-            holds[name] = ~layer.lora_b_stacked.any()
-            continue
-        parent, _, fused = name.rpartition(".")
-        parts = packed.get(fused, [fused])
-        if len(parts) != len(layer.lora_a_stacked):
-            raise SwapError(f"{name}: {len(layer.lora_a_stacked)} adapter slices for {len(parts)} parts")
-        for part, slot_a, slot_b in zip(parts, layer.lora_a_stacked, layer.lora_b_stacked, strict=True):
-            module = f"{parent}.{part}"
-            lora_a, lora_b = tensors.get(module, (slot_a.new_zeros(0, 0), slot_b.new_zeros(0, 0)))
-            holds[module] = _holds(slot_a[0, 0], lora_a) & _holds(slot_b[0, 0], lora_b)
-    if unplaced := tensors.keys() - holds.keys():
-        raise SwapError(f"{len(unplaced)} adapter modules have no slot, first {min(unplaced)}")
-    in_place_of = torch.stack(list(holds.values())).tolist() if holds else []  # an engine without adapters
-    for module, in_place in zip(holds, in_place_of, strict=True):
-        if not in_place:
-            raise SwapError(f"{module}: the adapter slot on the device is not the adapter")
+    for module, (lora_A, lora_B) in tensors.items():
+        slot = places.slots.get(f"{module}.weight")
+        if slot is None:
+            raise SwapError(f"{module} is adapted and has no place in the model")
+        layer = model.get_submodule(slot.parameter.rpartition(".")[0])
+        if (slot.num_rows, places.rows(f"{module}.weight").shape[1]) != (len(lora_B), lora_A.shape[1]):
+            raise SwapError(f"{module} is adapted as {tuple(lora_B.shape)} x {tuple(lora_A.shape)}")
+        part = AdapterSlice(module, slot.start, lora_A.to(places.device), lora_B.to(places.device))
+        layer.__dict__.setdefault(PLACE, []).append(part)
 
 
-def _holds(slot: Tensor, wanted: Tensor) -> Tensor:
-    """Whether `slot` is `wanted` in its upper left corner, value for value, and zero elsewhere."""
-    expected = torch.zeros_like(slot)
-    expected[: wanted.shape[0], : wanted.shape[1]] = wanted.to(slot.device)
-    return (slot == expected).all()
-
-
-class OneAdapter:
-    """vLLM's adapter arithmetic for an engine of one slot whose batches never mix adapters.
-
-    vLLM's own picks an adapter per token. On a CPU it gathers the adapter's matrices once per token, and
-    gives base rows the last slot's adapter when a batch mixes them; on a GPU its kernels are made for
-    decoding. With one slot, and every row of a call under the same adapter or none, the same sum is two
-    small matrix products.
-    """
-
-    def __init__(self, wrapper: Any) -> None:
-        self._wrapper = wrapper
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._wrapper, name)
-
-    def add_lora_linear(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a_stacked: tuple[Tensor, ...],
-        lora_b_stacked: tuple[Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        **_: object,
-    ) -> None:
-        """Add `scale * (x A^T) B^T` of every slice to its columns of `y`, in place."""
-        if self._wrapper.no_lora:
-            return
-        start = 0
-        for slot_a, slot_b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            if x.is_cuda or slot_b[0, 0].any():  # on a GPU asking would cost more than the products
-                y[:, start : start + width].addmm_(x @ slot_a[0, 0].T, slot_b[0, 0].T, alpha=scale)
-            start += width
-
-    def add_lora_embedding(
-        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *_: object, **__: object
-    ) -> None:
-        """No admitted adapter touches the embedding; its slot stays zero, which `prove_slot` holds it to."""
-
-
-def install_one_adapter(model: nn.Module) -> None:
-    """Put `OneAdapter` before vLLM's arithmetic in every adapter layer of an engine that is not compiled."""
+def drop_adapter(model: nn.Module) -> None:
+    """Leave the live model as its weights alone make it."""
     for layer in model.modules():
-        if hasattr(layer, "lora_a_stacked"):
-            setattr(layer, "punica_wrapper", OneAdapter(layer.punica_wrapper))  # noqa: B010 (no parameter)
+        layer.__dict__.pop(PLACE, None)
+
+
+@torch.no_grad()
+def prove_adapter(model: nn.Module, tensors: AdapterTensors) -> None:
+    """Hold what every layer adds to the adapter, value for value: all of it, and nothing else.
+
+    Raises:
+        SwapError: A slice on the device differs, is missing, or is of no module of the adapter.
+    """
+    found = {part.module: part for layer in model.modules() for part in slices_of(layer)}
+    if found.keys() != tensors.keys():
+        raise SwapError(f"the live adapter differs in {min(found.keys() ^ tensors.keys())}")
+    same = [
+        (live == tensor.to(live.device)).all()
+        for module, part in found.items()
+        for live, tensor in zip((part.lora_A, part.lora_B), tensors[module], strict=True)
+    ]
+    for at, in_place in enumerate(torch.stack(same).tolist() if same else []):  # the host waits once
+        if not in_place:
+            raise SwapError(f"{list(found)[at // 2]}: the adapter on the device is not the candidate's")

@@ -1,36 +1,35 @@
 """One live vLLM engine, cut at the hook: load a candidate, prove it, stream its features."""
 
-# Shape suffixes: N packed tokens, T tokens of one prompt, K = kept features.
+# Shape suffixes: M tokens of all prompts, K = kept features.
 
 import gc
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ray_auditor.config import EngineConfig
 from ray_auditor.engine import check_fit, num_layers_of
 from ray_auditor.engine.adapter import (
     AdapterTensors,
-    clear_slots,
-    install_one_adapter,
-    prove_slot,
+    drop_adapter,
+    prove_adapter,
+    put_adapter,
     read_adapter,
-    write_adapter,
 )
 from ray_auditor.engine.parameters import ParameterMap, checksums
 from ray_auditor.engine.residuals import Comparison, Recording
+from ray_auditor.engine.schedule import Schedule, Turns
 from ray_auditor.engine.staging import Staging
-from ray_auditor.hub import Admitted, BaseModel, TensorSource
-from ray_auditor.hub.checkpoint import iter_tensors
+from ray_auditor.hub import Admitted, BaseModel, TensorSource, TensorSpec
+from ray_auditor.hub.checkpoint import TORCH_DTYPES, iter_tensors
 from ray_auditor.hub.weights import lies_below_hook
 from ray_auditor.sae import Sae
 
@@ -40,14 +39,14 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # nothing is sampled
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-class PromptFeatures(NamedTuple):
-    """The engine's rows of one prompt, one a token, on the host."""
+class Features(NamedTuple):
+    """The engine's rows on the host, one a token, tokens numbered in the order of the prompts."""
 
-    top_acts_TK: NDArray[np.float32]  # in the order of the indices; NaN where the residual is not finite
-    top_idx_TK: NDArray[np.int32]  # ascending; -1 where inactive, last
-    fvu_error_T: NDArray[np.float32]
-    fvu_total_T: NDArray[np.float32]
-    sq_norm_T: NDArray[np.float32]  # squared norm of the residual
+    top_acts_MK: NDArray[np.float32]  # in the order of the indices; NaN where the residual is not finite
+    top_idx_MK: NDArray[np.int32]  # ascending; -1 where inactive, last
+    fvu_error_M: NDArray[np.float32]
+    fvu_total_M: NDArray[np.float32]
+    sq_norm_M: NDArray[np.float32]  # squared norm of the residual
 
 
 class Loaded(NamedTuple):
@@ -87,10 +86,9 @@ class Engine:
         architecture = register_residual_model(base.config["architectures"][0])
         self._base = base
         self._names = tuple(name for name in base.tensors if lies_below_hook(name, num_layers))
-        self._bundles = TemporaryDirectory(prefix="ray-auditor-adapter-")
-        self._num_adapters = 0
         self.encode_s = 0.0
-        self._adapter: AdapterTensors | None = None
+        self._adapter: AdapterTensors = {}
+        self._schedule: Schedule | None = None
         self._inputs = ModelInputs(base, self._names, sae, k)
         self._k = k
         MODEL_INPUTS.append(self._inputs)
@@ -109,13 +107,9 @@ class Engine:
             max_num_seqs=config.max_step_prompts,
             enable_chunked_prefill=True,
             enable_prefix_caching=False,
-            enforce_eager=config.eager,
-            compilation_config={"cudagraph_mode": "NONE"},  # captured sizes are far below a prefill step's
+            enforce_eager=True,
             distributed_executor_backend="uni",
             kv_cache_memory_bytes=config.kv_cache_bytes,
-            enable_lora=config.max_lora_rank > 0,
-            max_lora_rank=config.max_lora_rank or 1,
-            max_loras=1,
             disable_log_stats=True,
         )
         model = self._inputs.model
@@ -123,14 +117,13 @@ class Engine:
         self._model = model
         self._pool = cast(FeaturePool, model.pooler.pooling)  # type: ignore[union-attr]
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
-        if config.eager:
-            install_one_adapter(model)
-        clear_slots(model)  # of what vLLM warmed up with
         self._staging = Staging(self._map, config.read_ahead_bytes)
         self._loaded = base.content_sha256
         # vLLM's own loader wrote the base: where its tensors lie now is where candidates are written.
         base_tensors = iter_tensors(base.tensors, self._names)
-        self._map.prove({name: checksums([tensor.to(self._map.dtype)])[0] for name, tensor in base_tensors})
+        expected = {name: checksums([tensor.to(self._map.dtype)])[0] for name, tensor in base_tensors}
+        self._map.prove(expected)
+        self._staging.keep(self._loaded, expected)
 
     def load(self, candidate: Admitted | None) -> Loaded:
         """Make `candidate` (None: the base) what the next `encode` runs.
@@ -142,7 +135,8 @@ class Engine:
             SwapError: The swap could not be proven; the engine must be discarded.
             CandidateError: The candidate's files are not what was admitted.
         """
-        self._drop_adapter()
+        drop_adapter(self._model)
+        self._adapter = {}
         key, tensors = self._weights_of(candidate)
         begun = swapped = time.perf_counter()
         waited_s = 0.0
@@ -158,10 +152,8 @@ class Engine:
             proof += ", not written since"
         if candidate is not None and candidate.lora is not None:
             self._adapter = read_adapter(candidate.lora, candidate.tensors, self._map.dtype)
-            self._num_adapters += 1
-            if self._adapter:
-                write_adapter(self._bundle, self._adapter)
-            proof = f"{len(self._adapter)} adapter modules value for value in their slot, after the run"
+            put_adapter(self._model, self._map, self._adapter)
+            proof = f"{len(self._adapter)} adapter modules value for value on the device, after the run"
         adapted = time.perf_counter()
         seconds = {
             "stage": waited_s,
@@ -181,6 +173,23 @@ class Engine:
         if candidate is None or candidate.lora is not None:
             return self._base.content_sha256, self._base.tensors
         return candidate.content_sha256, candidate.tensors
+
+    def weights_beside_base(self, candidate: Admitted) -> Mapping[str, tuple[Tensor, Tensor]] | None:
+        """Each tensor of the full candidate that is loaded, and the base's, on the device.
+
+        Returns:
+            None where the base's are not kept there, or the files' own values were rounded on their way.
+        """
+        base = self._staging.kept
+        read = [tensors[name] for tensors in (candidate.tensors, self._base.tensors) for name in self._names]
+        kinds = {TORCH_DTYPES[spec.dtype] if isinstance(spec, TensorSpec) else None for spec in read}
+        if base is None or kinds != {self._map.dtype}:
+            return None
+        return {name: (self._map.rows(name), tensor) for name, tensor in base.items()}
+
+    def beside_the_run(self) -> AbstractContextManager[None]:
+        """A stream of its own for what another thread computes on the device meanwhile."""
+        return torch.cuda.stream(torch.cuda.Stream(self._map.device))  # type: ignore[no-untyped-call]
 
     @property
     def computes_on_host(self) -> bool:
@@ -210,8 +219,8 @@ class Engine:
         *,
         reverse: bool = False,
         watch: Recording | Comparison | None = None,
-    ) -> list[PromptFeatures]:
-        """Run prompts of token ids through what was loaded; features come in the order of the prompts.
+    ) -> Features:
+        """Run prompts of token ids through what was loaded; rows come in the order of the prompts.
 
         Args:
             prompts: Token ids.
@@ -219,40 +228,43 @@ class Engine:
             watch: Is shown the residuals; tokens are numbered in the order of `prompts`.
 
         Raises:
-            SwapError: The adapter was not in its slot, or one was that should not; keep nothing of this call.
+            SwapError: The adapter was not in its place; nothing of this call may be kept.
         """
+        *first_rows, num_tokens = accumulate(map(len, prompts), initial=0)
+        turns = list(zip(prompts, first_rows, strict=True))[:: -1 if reverse else 1]
+        if self._schedule is not None and self._schedule.turns == turns:
+            self._pool.open_table(num_tokens, watch)
+            for rows_N, resid_ND in self._schedule.run(self._model):
+                self._pool.add(rows_N, resid_ND)
+        else:
+            recording = Schedule(turns)
+            self._pool.open_table(num_tokens, watch, recording)
+            self._run(turns)
+            self._schedule = recording
+        table = self._pool.close_table().numpy()
+        self.encode_s = self._pool.clock.take()  # of this call: encoding and comparing; the rest is the model
+        prove_adapter(self._model, self._adapter)
+        k = self._k
+        return Features(
+            table[:, :k],
+            table[:, k : 2 * k].view(np.int32),
+            table[:, 2 * k],
+            table[:, 2 * k + 1],
+            table[:, 2 * k + 2],
+        )
+
+    def _run(self, turns: Turns) -> None:
+        """Have vLLM schedule prompts, each with the number of its first row, and run them."""
         from vllm import PoolingParams
-        from vllm.lora.request import LoRARequest
 
         from ray_auditor.engine.model import FIRST_ROW
 
-        request = None
-        if self._adapter:
-            request = LoRARequest(f"adapter-{self._num_adapters}", self._num_adapters, str(self._bundle))
-        *first_rows, num_tokens = accumulate(map(len, prompts), initial=0)
-        self._pool.open_table(num_tokens, watch)
-        turns = list(zip(prompts, first_rows, strict=True))[:: -1 if reverse else 1]
         self._llm.encode(
             [{"prompt_token_ids": list(ids)} for ids, _ in turns],
             [PoolingParams(task="token_embed", extra_kwargs={FIRST_ROW: row}) for _, row in turns],
             pooling_task="token_embed",
-            lora_request=request,
             use_tqdm=False,
         )
-        table = self._pool.close_table().numpy()
-        self.encode_s = self._pool.clock.take()  # of this call: encoding and comparing, the rest is vLLM's
-        prove_slot(self._model, self._adapter or {}, self._map.packed)
-        k = self._k
-        return [
-            PromptFeatures(
-                rows[:, :k],
-                rows[:, k : 2 * k].view(np.int32),
-                rows[:, 2 * k],
-                rows[:, 2 * k + 1],
-                rows[:, 2 * k + 2],
-            )
-            for rows in np.split(table, first_rows[1:])
-        ]
 
     def close(self) -> None:
         """Shut vLLM down and free the device, so that another engine can start in this process."""
@@ -263,18 +275,6 @@ class Engine:
         self._staging.close()
         self._llm.llm_engine.engine_core.shutdown()
         MODEL_INPUTS.remove(self._inputs)
-        del self._llm, self._model, self._pool, self._map, self._staging, self._inputs
+        del self._llm, self._model, self._pool, self._map, self._staging, self._inputs, self._schedule
         gc.collect()
         cleanup_dist_env_and_memory()
-        self._bundles.cleanup()
-
-    @property
-    def _bundle(self) -> Path:
-        return Path(self._bundles.name) / str(self._num_adapters)
-
-    def _drop_adapter(self) -> None:
-        if self._adapter:
-            self._llm.llm_engine.remove_lora(self._num_adapters)
-            clear_slots(self._model)
-            shutil.rmtree(self._bundle)
-        self._adapter = None

@@ -21,8 +21,10 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from ray_auditor.engine.adapter import slices_of
 from ray_auditor.engine.device_clock import DeviceClock
 from ray_auditor.engine.residuals import Comparison, Recording
+from ray_auditor.engine.schedule import Schedule
 from ray_auditor.hub import BaseModel
 from ray_auditor.hub.checkpoint import iter_tensors
 from ray_auditor.sae import Sae, normalise_resid
@@ -58,18 +60,22 @@ class ResidualStream(nn.Module):
 
 
 class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
-    """A matrix product that reads the parameter itself.
+    """A matrix product that reads the parameter itself, and an adapter's two beside it.
 
     On a CPU vLLM would repack the weight and drop the readable copy, each version in its own way; a swap is
-    proven on the parameter that the product reads, so that parameter has to stay.
+    proven on the parameter that the product reads, so that parameter has to stay. vLLM's own adapters are
+    picked token by token, from slots of one rank for all; here every row is under the same one or none.
     """
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the parameter as it was loaded."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return `x W^T + bias`."""
-        return nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        """Return `x W^T + bias`, and `(x A^T) B^T` added to the columns that an adapter changes."""
+        y = nn.functional.linear(x, layer.weight, bias)  # type: ignore[arg-type]
+        for part in slices_of(layer):
+            y[:, part.start : part.start + len(part.lora_B)].addmm_(x @ part.lora_A.T, part.lora_B.T)
+        return y
 
 
 class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
@@ -85,17 +91,19 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         self.k = k
         self.table: Tensor | None = None
         self.watch: Watch = None
+        self.recording: Schedule | None = None
         self.num_rows = 0
         self.clock = DeviceClock(device)
 
-    def open_table(self, num_tokens: int, watch: Watch) -> None:
+    def open_table(self, num_tokens: int, watch: Watch, recording: Schedule | None = None) -> None:
         """Make room for the rows of a call; request `i` says in `FIRST_ROW` where its own begin.
 
         Args:
             num_tokens: Of all prompts.
             watch: Is shown every step's residuals.
+            recording: Is told every step.
         """
-        self.watch = watch
+        self.watch, self.recording = watch, recording
         device = self.encoder.b_enc_F.device
         self.clock.forget()
         self.table = torch.empty(num_tokens, 2 * self.k + NUM_SCALARS, device=device)
@@ -104,7 +112,10 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
     def close_table(self) -> Tensor:
         """The call's rows `[acts K | idx K as int32 bits | error | total | |resid|^2]`, on the host."""
         assert self.table is not None
-        table, self.table, self.watch = self.table.cpu(), None, None
+        table = self.table
+        if table.is_cuda:  # pinned memory is copied to several times as fast
+            table = torch.empty(table.shape, pin_memory=True).copy_(table)
+        self.table, self.watch, self.recording = None, None, None
         assert self.num_rows == len(table), f"{self.num_rows} rows came for {len(table)} tokens"
         return table
 
@@ -113,26 +124,31 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         return {"token_embed"}
 
     def forward(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
-        """Encode one step; nothing is kept of the passes vLLM makes for itself at start."""
-        with self.clock:
-            return self._encode(hidden_states, pooling_metadata)
-
-    def _encode(self, hidden_states: Tensor, pooling_metadata: PoolingMetadata) -> list[Tensor | None]:
-        packed = self.pack(hidden_states)
+        """Encode one step of vLLM's; nothing is kept of the passes that it makes for itself at start."""
         cursor = pooling_metadata.get_pooling_cursor()
         counts, ends = cursor.num_scheduled_tokens_cpu, cursor.seq_lens_cpu
-        if self.table is not None:
+        if self.table is None:
+            self.pack(hidden_states)
+        else:
             first = torch.tensor(
                 [params.extra_kwargs[FIRST_ROW] for params in pooling_metadata.pooling_params]
             )
             shift = first + ends - counts.cumsum(0)
-            rows_N = torch.arange(len(packed)) + shift.repeat_interleave(counts)
-            rows_N = rows_N.to(packed.device)
-            self.table[rows_N] = packed
-            self.num_rows += len(packed)
-            if self.watch is not None:
-                self.watch.add(rows_N, hidden_states)
+            rows_N = torch.arange(len(hidden_states)) + shift.repeat_interleave(counts)
+            rows_N = rows_N.to(hidden_states.device)
+            if self.recording is not None:
+                self.recording.end_step(rows_N)
+            self.add(rows_N, hidden_states)
         return [torch.empty(0) if done else None for done in cursor.is_finished().tolist()]
+
+    def add(self, rows_N: Tensor, resid_ND: Tensor) -> None:
+        """Encode one step's residuals into the open table; `rows_N` are its tokens' numbers."""
+        assert self.table is not None
+        with self.clock:
+            self.table[rows_N] = self.pack(resid_ND)
+            self.num_rows += len(rows_N)
+            if self.watch is not None:
+                self.watch.add(rows_N, resid_ND)
 
     def pack(self, resid_ND: Tensor) -> Tensor:
         """Encode residuals `[N, D]` to table rows `[N, 2 K + 3]`, fp32, features by ascending index."""
@@ -189,6 +205,12 @@ def register_residual_model(architecture: str) -> str:
             pool = FeaturePool(inputs.sae, inputs.k, parameter.dtype, parameter.device)
             self.pooler = TokenPooler(pooling=pool, head=None)
             inputs.model = self
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            if self.pooler.pooling.recording is not None:
+                assert not args, "vLLM names every input"
+                self.pooler.pooling.recording.begin_step(kwargs)
+            return super().forward(*args, **kwargs)
 
     name = f"Residual{architecture}"
     ResidualModel.__name__ = ResidualModel.__qualname__ = name

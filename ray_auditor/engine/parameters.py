@@ -1,6 +1,6 @@
 """Where each checkpoint tensor lies in the live model, and proving that it lies there."""
 
-# Shape suffixes: R rows of a tensor, C 4-byte (or 2-byte) words of a row.
+# Shape suffixes: R rows of a tensor, C words of a row (of 8 bytes where its length allows, else 4 or 2).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Checksum = tuple[int, int]
 
 CHUNK_WORDS = 1 << 18  # what stays in a core's cache while both sums read it
+WORDS = (torch.int64, torch.int32, torch.int16)  # the wider, the fewer additions
 ROW_WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd and spread over 64 bits, so rows never weigh like columns
 
 
@@ -52,8 +53,8 @@ def checksums(tensors: Sequence[Tensor]) -> list[Checksum]:
 
 def _words(tensor: Tensor) -> Tensor:
     rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
-    whole_words = rows.shape[1] * rows.element_size() % 4 == 0
-    return rows.view(torch.int32 if whole_words else torch.int16)
+    num_bytes = rows.shape[1] * rows.element_size()
+    return rows.view(next(kind for kind in WORDS if num_bytes % kind.itemsize == 0))
 
 
 def device_sums(words_RC: Tensor, column_weight: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _sums_on_host(words_RC: NDArray[np.signedinteger]) -> Checksum:
     columns_C, rows_R = np.zeros(num_columns, np.int64), np.empty(num_rows, np.int64)
     step = max(1, CHUNK_WORDS // max(num_columns, 1))
     for start in range(0, num_rows, step):
-        chunk = words_RC[start : start + step].astype(np.int64)
+        chunk = words_RC[start : start + step].astype(np.int64, copy=False)
         columns_C += chunk.sum(0)
         rows_R[start : start + step] = chunk.sum(1)
     weighted_C = columns_C * np.arange(1, num_columns + 1)
@@ -88,9 +89,7 @@ class ParameterMap:
         Raises:
             SwapError: A tensor has no parameter, a parameter is not covered, or a shape disagrees.
         """
-        self._parameters = {
-            name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()
-        }
+        self._parameters = dict(model.named_parameters())
         self.packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         self.slots = {name: self._locate(name, shapes) for name in shapes}
         covered = dict.fromkeys(self._parameters, 0)

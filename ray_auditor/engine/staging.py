@@ -1,8 +1,12 @@
-"""Full weights on their way into the engine: read in parallel, ahead of their turn where memory allows."""
+"""Full weights on their way into the engine: read in parallel, ahead of their turn where memory allows.
+
+On a GPU the base's stay there too, so that going back to it reads nothing and its weights are at hand.
+"""
 
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +20,14 @@ MAX_READERS = 4  # threads; they share the memory bandwidth of one socket
 Reading = dict[str, Future[Checksum]]
 
 
+class Kept(NamedTuple):
+    """The base, as the live parameters held it."""
+
+    key: str
+    tensors: Mapping[str, Tensor]
+    checksums: Mapping[str, Checksum]
+
+
 class Staging:
     """Reads candidates tensor by tensor; at most one ahead, into a second copy of the weights on the device.
 
@@ -27,16 +39,29 @@ class Staging:
 
         Args:
             places: The live parameters.
-            budget_bytes: Device memory the second copy may take; a model that needs more is not read ahead.
+            budget_bytes: Device memory that copies may take: one of what is read ahead comes first, then one
+                of the base. A model that needs more is not read ahead.
         """
         self._places = places
         self._readers = ThreadPoolExecutor(min(MAX_READERS, max(1, torch.get_num_threads() // 2)), "staging")
         on_gpu = places.device.type == "cuda"
         self._stream = torch.cuda.Stream(places.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._fits = places.num_bytes <= budget_bytes
+        self._num_copies = budget_bytes // places.num_bytes
         self._copy: dict[str, Tensor] = {}
         self._ahead: tuple[str, Reading] | None = None
         self.waited_s = 0.0  # of the last swap, for its readers
+        self._kept: Kept | None = None
+
+    def keep(self, key: str, expected: Mapping[str, Checksum]) -> None:
+        """Keep a copy of what the live parameters hold, proven to be `expected`, where a GPU has the room."""
+        if self._stream is not None and self._num_copies > 1:
+            tensors = {name: self._places.rows(name).clone() for name in self._places.slots}
+            self._kept = Kept(key, tensors, expected)
+
+    @property
+    def kept(self) -> Mapping[str, Tensor] | None:
+        """The tensors of `keep`."""
+        return self._kept.tensors if self._kept else None
 
     def read_ahead(self, key: str, specs: Mapping[str, TensorSource]) -> None:
         """Begin to read a candidate while another computes, and return at once; nothing if it does not fit.
@@ -45,7 +70,8 @@ class Staging:
             key: What `swap` will ask for.
             specs: As `Admitted.tensors` has them.
         """
-        if not self._fits or (self._ahead is not None and self._ahead[0] == key):
+        coming = {self._kept.key if self._kept else None, self._ahead[0] if self._ahead else None}
+        if not self._num_copies or key in coming:
             return
         self._drop()
         if not self._copy:
@@ -62,7 +88,11 @@ class Staging:
             CandidateError: A file is not the one that was admitted.
             SwapError: A tensor is missing or of another shape.
         """
-        begun = time.perf_counter()
+        begun, self.waited_s = time.perf_counter(), 0.0
+        if self._kept and self._kept.key == key:
+            for name, tensor in self._kept.tensors.items():
+                self._places.rows(name).copy_(tensor)
+            return dict(self._kept.checksums)
         if self._ahead is None or self._ahead[0] != key:
             self._drop()
             live = {name: self._places.rows(name) for name in self._places.slots}
@@ -82,6 +112,7 @@ class Staging:
         self._drop()
         self._readers.shutdown()
         self._copy.clear()
+        self._kept = None
 
     def _drop(self) -> None:
         if self._ahead is not None:
