@@ -106,6 +106,8 @@ def find_evidence(
         activations, one a prompt (`suite`, `prompt`, `tokens`, `focus`, `act`). Ties go to the smaller token
         id, suite, prompt.
     """
+    if not features:
+        return {}
     by_place = {(prompt.suite_id, prompt.prompt): prompt for prompt in prompts}
     token_id_N, text_of = _token_ids(base, by_place)
     occurrences = np.bincount(token_id_N)

@@ -96,6 +96,7 @@ def test_evidence_is_what_the_base_keeps_the_feature_on(base):
     assert [one["text"] for one in found[6]["tokens"]] == list(TEXTS.values()), "ties to the smaller id"
     assert found[8]["tokens"] == [{"text": "<b>", "count": 1, "mean_act": 0.5}]
     assert found[99] == {"base_rate": 0, "tokens": [], "prompts": []}
+    assert find_evidence(*base, set()) == {}
 
 
 def test_a_label_is_the_explanation_where_there_is_one_else_the_evidence(base):

@@ -7,7 +7,9 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Page
 
-UNFOLD = "document.querySelectorAll('details').forEach(one => one.open = true)"
+# Every fold open, and everything laid out that the browser would lay out when it comes into view.
+UNFOLD = """document.querySelectorAll('details').forEach(one => one.open = true);
+document.querySelectorAll('article').forEach(one => one.style.contentVisibility = 'visible')"""
 Scheme = Literal["light", "dark"]
 
 

@@ -14,7 +14,7 @@ from ray_auditor.report.html import write_html
 from ray_auditor.report.number import MINUS, decimal, probability, signed
 from ray_auditor.report.summary import read_summary
 from tests.report.made_sweep import LABELLED, NEURONPEDIA_ID
-from tests.report.page import opened
+from tests.report.page import UNFOLD, opened
 
 
 @pytest.mark.parametrize("script", [True, False])
@@ -229,6 +229,7 @@ def test_a_feature_is_followed_from_its_change_to_its_tokens(
     (features,) = (cell["features"] for cell in summary["details"]["helpful-chat-v3"].values())
     keys = ("delta", "general_delta", "rate_base", "rate_candidate", "mean_act_base", "mean_act_candidate")
     with opened(browser, report) as page:
+        page.evaluate(UNFOLD)
         article = page.locator("article", has=page.get_by_role("heading", name="helpful-chat-v3"))
         shown = article.locator("table.features tbody tr").evaluate_all(
             """rows => rows.map(row => [row.querySelector('th a').href, row.querySelector('.label').innerText,
