@@ -25,6 +25,10 @@ FEW_TOKENS = 16
 # A thread of the Hopper filter has 15 slots for 128 elements: at 1 in 40 it almost never needs more.
 HOPPER_FEATURES_PER_CANDIDATE = 40
 
+# From here on scoring candidates again costs less than 8-bit products save (measured, see docs/kernel.md).
+INT8_WIDTH = 2304
+INT8_FEATURES_PER_KEPT = 2048
+
 
 class Implementation(StrEnum):
     """How `encode_topk` can run; the values are what the override accepts."""
@@ -78,8 +82,14 @@ def choose(
     from auditor_kernels import hopper
 
     library, reason = hopper.load()
-    which = Implementation.HOPPER if library else Implementation.FILTER
-    return which, f"floor from {floor}, Hopper GPU, {reason}"
+    if library is None:
+        return Implementation.FILTER, f"floor from {floor}, Hopper GPU, {reason}"
+    if encoder.W_enc_DF.shape[0] >= INT8_WIDTH and d_sae >= INT8_FEATURES_PER_KEPT * kept:
+        return (
+            Implementation.INT8,
+            f"floor from {floor}, Hopper GPU, wide: 8-bit products cost half, {reason}",
+        )
+    return Implementation.HOPPER, f"floor from {floor}, Hopper GPU, {reason}"
 
 
 def encode_topk(resid_ND: Tensor, encoder: EncoderWeights, *, k: int, hint_N: Tensor | None = None) -> TopK:
@@ -143,7 +153,4 @@ def describe_dispatch(encoder: EncoderWeights, *, k: int, num_tokens: int, dtype
         device = encoder.W_enc_DF.device
         which, why = choose(device, dtype, num_tokens, encoder, k, hinted=hinted)
         lines.append(f"encode_topk {'with' if hinted else 'without'} a hint: {which} ({why})")
-    lines.append(
-        f"{Implementation.INT8} runs only if {OVERRIDE} asks for it: it copies the weights, see docs"
-    )
     return lines

@@ -64,6 +64,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auditor_kernels"
 
 
+def compile_command(nvcc: str, headers: Path, output: Path) -> list[str]:
+    """How the library is compiled; `headers` holds `wgmma.inc`."""
+    command = [nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}"]
+    command += [f"-I{headers}", f"-I{SOURCE.parent}", "-Xcompiler", "-fPIC", "-shared"]
+    return [*command, "-o", str(output), str(SOURCE)]
+
+
 def build(nvcc: str, folder: Path) -> Path:
     """Compile unless this very source was compiled before; the file appears whole or not at all.
 
@@ -80,9 +87,7 @@ def build(nvcc: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         Path(scratch, "wgmma.inc").write_text(header)
         built = Path(scratch, library.name)
-        command = [nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{ARCH},code=sm_{ARCH}"]
-        command += [f"-I{scratch}", f"-I{SOURCE.parent}"]
-        command += ["-Xcompiler", "-fPIC", "-shared", "-o", str(built), str(SOURCE)]
+        command = compile_command(nvcc, Path(scratch), built)
         result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
         if result.returncode != 0:
             raise RuntimeError(f"nvcc failed ({result.returncode}): {result.stderr.strip()[-400:]}")

@@ -5,10 +5,9 @@
 //
 // One CTA = a producer warpgroup and two consumer warpgroups of 64 tokens each. CTAs come in pairs along tokens:
 // each loads its own x tile and half of the W tile, multicast to both. The second consumer stays SKEW steps of
-// depth behind the first, so that the epilogue of one runs under the products of the other. The epilogue first
-// compares everything, without a branch, then visits what some thread of the warp has found: a thread keeps what
-// passes in slots of its own (no atomics), and idle warps of the producer warpgroup carry the slots to global
-// memory while the next tile is computed.
+// depth behind the first, so that the epilogue of one runs under the products of the other. The epilogue compares
+// everything and then stores, without a branch, the groups of four elements in which something passes; idle warps
+// of the producer warpgroup carry what passes to global memory while the next tile is computed.
 //
 // With 8-bit operands the sums are integers, the score is sum * token scale * feature scale + bias, and what
 // passes is what the bound of int8_screen.py does not exclude: the floor is lowered by the largest error of the tile.
@@ -28,17 +27,18 @@ enum Type { BF16, FP16, INT8 };
 constexpr int BM = 128, BN = 256, ROW_BYTES = 128, STAGES = 4, CLUSTER = 2;
 constexpr int X_BYTES = BM * ROW_BYTES, W_BYTES = BN * ROW_BYTES, STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int SKEW = 2;          // steps by which the second consumer follows the first
-constexpr int SLOTS = 15;        // per thread and tile; more than this marks the thread's two tokens as overflowed
-constexpr int ROOM = SLOTS + 5;  // four pushes may happen between two looks at the bound
+constexpr int GROUPS = 160;      // of 4 elements that a warp may keep of a tile; its later threads' tokens overflow
 constexpr int RASTER = 16 / CLUSTER;  // cluster rows whose x stays in L2 while W streams past
 constexpr int OVERFLOW_MARK = 1 << 20;
 constexpr int LAST_FEATURE = 0x3FFFFFFF;
 
-// Shared memory: stages | values [2 wg][ROOM][128] | places, same shape | counts [2][128] | columns | barriers
-constexpr int OFF_VALUES = STAGES * STAGE_BYTES;
-constexpr int OFF_PLACES = OFF_VALUES + 2 * ROOM * 128 * 4;
-constexpr int OFF_COUNTS = OFF_PLACES + 2 * ROOM * 128;
-constexpr int OFF_COLUMNS = OFF_COUNTS + 2 * 128;
+// Shared memory: stages | kept groups [8 warps][GROUPS] of 4 floats | which [2 wg][128] | their
+// places [8 warps][GROUPS] | floors [128] | columns [2 wg] | barriers
+constexpr int OFF_GROUPS = STAGES * STAGE_BYTES;
+constexpr int OFF_WHICH = OFF_GROUPS + 8 * GROUPS * 16;
+constexpr int OFF_PLACES = OFF_WHICH + 2 * 128 * 4;
+constexpr int OFF_FLOORS = OFF_PLACES + 8 * GROUPS * 4;
+constexpr int OFF_COLUMNS = OFF_FLOORS + BM * 4;
 constexpr int OFF_BARRIERS = OFF_COLUMNS + 2 * BN * 8;
 constexpr int SMEM_BYTES = OFF_BARRIERS + 2 * STAGES * 8 + 1024;
 static_assert(SMEM_BYTES <= 227 * 1024, "shared memory");
@@ -49,21 +49,6 @@ __device__ __forceinline__ int full_id(int wg) { return 1 + wg; }
 __device__ __forceinline__ int empty_id(int wg) { return 3 + wg; }
 __device__ __forceinline__ int group_id(int wg) { return 5 + wg; }
 constexpr int AHEAD_ID = 7;  // the first consumer is SKEW steps into its tile
-// Keep v if it passes: predicated stores, no branch. A thread's slots are 512 and 128 bytes apart.
-template <bool HAS_THRESHOLD>
-__device__ __forceinline__ void push(uint32_t& value_at, uint32_t& place_at, float v, int place, float low, float own) {
-  if constexpr (HAS_THRESHOLD)
-    asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %2, %4;\nsetp.gt.and.f32 p, %2, %5, p;\n"
-                 "@p st.shared.f32 [%0], %2;\n@p st.shared.u8 [%1], %3;\n"
-                 "@p add.u32 %0, %0, 512;\n@p add.u32 %1, %1, 128;\n}\n"
-                 : "+r"(value_at), "+r"(place_at) : "f"(v), "r"(place), "f"(low), "f"(own) : "memory");
-  else
-    asm volatile("{\n.reg .pred p;\nsetp.gt.f32 p, %2, %4;\n"
-                 "@p st.shared.f32 [%0], %2;\n@p st.shared.u8 [%1], %3;\n"
-                 "@p add.u32 %0, %0, 512;\n@p add.u32 %1, %1, 128;\n}\n"
-                 : "+r"(value_at), "+r"(place_at) : "f"(v), "r"(place), "f"(low) : "memory");
-}
-
 struct Tile { int token, feature; };
 
 // Cluster rows in bands of RASTER, column by column within a band.
@@ -75,10 +60,6 @@ __device__ __forceinline__ Tile tile_of(int item, int cluster_rows, int columns,
 
 template <Type TYPE> struct Sum { using T = float; };
 template <> struct Sum<INT8> { using T = int; };
-__device__ __forceinline__ void keep(float& sum, float v) { sum = v; }
-__device__ __forceinline__ void keep(int& sum, float v) { sum = __float_as_int(v); }
-__device__ __forceinline__ float kept(float sum) { return sum; }
-__device__ __forceinline__ float kept(int sum) { return __int_as_float(sum); }
 
 // What 8-bit operands need beyond the rest; see int8_screen.py. The last three are per feature, per token, and the
 // largest (norm, scale, |bias|, least threshold) of each tile of BN features.
@@ -111,7 +92,7 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   const int items = cluster_rows * columns, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
 
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (warp == 0 && lane == 0) {  // the producer
       int stage = 0, phase = 0;
       for (int item = cluster; item < items; item += clusters) {
@@ -129,41 +110,65 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       }
     } else if (warp == 1 || warp == 2) {  // the flushers, one per consumer warpgroup
       const int wg = warp - 1;
-      const float* values = (const float*)(smem + OFF_VALUES) + wg * ROOM * 128;
-      const uint8_t* places = smem + OFF_PLACES + wg * ROOM * 128;
+      const float4* groups = (const float4*)(smem + OFF_GROUPS) + wg * 4 * GROUPS;
+      const uint32_t* which = (const uint32_t*)(smem + OFF_WHICH) + wg * 128;
+      uint32_t* places = (uint32_t*)(smem + OFF_PLACES) + wg * 4 * GROUPS;
+      const float* lows = (const float*)(smem + OFF_FLOORS) + wg * 64;
       for (int item = cluster; item < items; item += clusters) {
         const Tile tile = tile_of(item, cluster_rows, columns, rank);
         bar_sync(full_id(wg), 160);
-        int number[4], most = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          number[i] = (smem + OFF_COUNTS)[wg * 128 + i * 32 + lane];
-          most = max(most, min(number[i], SLOTS));
-        }
-        for (int s = 0; s < most; s++) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) {  // four atomics in flight
-            const int at_slot = s * 128 + i * 32 + lane;
-            if (s < number[i]) {
-              const int place = places[at_slot], row = tile.token + wg * 64 + i * 16 + (lane >> 2) + (place & 2) * 4;
-              const int feature = tile.feature + (place >> 2) * 8 + (lane & 3) * 2 + (place & 1);
-              const int at = atomicAdd(count + row, 1);
-              if (at < cap)
-                cand[(size_t)row * cap + at] =
-                    ((unsigned long long)__float_as_uint(values[at_slot]) << 32) | ((uint32_t)(LAST_FEATURE - feature) << 1);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (number[i] > SLOTS)
+        int listed = 0;
+        for (int i = 0; i < 4; i++) {  // list where each kept group is: slot | thread << 10 | columns << 17
+          const int t = i * 32 + lane;
+          uint32_t found = which[t];
+          const int number = __popc(found), before = groups_before(number, lane);
+          const bool fits = before + number <= GROUPS;
+          if (!fits)
             for (int row = tile.token + wg * 64 + i * 16 + (lane >> 2), end = row + 8; row <= end; row += 8)
               if (row < T) atomicAdd(count + row, OVERFLOW_MARK);
+          if (fits)
+            for (int n = before; found; n++, found &= found - 1)
+              places[listed + n] = (i * GROUPS + n) | t << 10 | (__ffs(found) - 1) << 17;
+          listed += __reduce_max_sync(~0u, fits ? before + number : 0);
+        }
+        __syncwarp();
+        for (int first = lane; first < listed; first += 64) {
+          uint32_t place[2], pass[2] = {0, 0};
+#pragma unroll
+          for (int n = 0; n < 2; n++)
+            if (first + 32 * n < listed) {
+              place[n] = places[first + 32 * n];
+              const float4 v = groups[place[n] & 1023];
+              const int local = (place[n] >> 15 & 3) * 16 + (place[n] >> 12 & 7);
+              const float low = lows[local], high = lows[local + 8];
+              pass[n] = (v.x > low) | (v.y > low) << 1 | (v.z > high) << 2 | (v.w > high) << 3;
+            }
+          while (pass[0] | pass[1]) {  // mostly once, with two atomics in flight
+            int row[2], at[2];
+            unsigned long long key[2];
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+              const int e = __ffs(pass[n]) - 1, feature = tile.feature + (place[n] >> 17) * 8 + (place[n] >> 10 & 3) * 2 + (e & 1);
+              at[n] = cap;
+              row[n] = tile.token + wg * 64 + (place[n] >> 15 & 3) * 16 + (place[n] >> 12 & 7) + (e & 2) * 4;
+              if (pass[n]) {
+                const float v = ((const float*)groups)[(place[n] & 1023) * 4 + e];
+                key[n] = ((unsigned long long)__float_as_uint(v) << 32) | ((uint32_t)(LAST_FEATURE - feature) << 1);
+                if (!HAS_THRESHOLD || v > threshold[feature]) at[n] = atomicAdd(count + row[n], 1);
+              }
+              pass[n] &= pass[n] - 1;
+            }
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+              if (at[n] < cap) cand[(size_t)row[n] * cap + at[n]] = key[n];
+          }
+        }
+        __syncwarp();
         bar_arrive(empty_id(wg), 160);
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int wg = group - 1, t = tid & 127, quad = lane & 3;
     typename Sum<TYPE>::T acc[128];
     int stage = 0, phase = 0, turn = 0;
@@ -172,26 +177,29 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     for (int item = cluster; item < items; item += clusters, turn++) {
       const Tile tile = tile_of(item, cluster_rows, columns, rank);
       const int token = tile.token + wg * 64 + (t / 32) * 16 + (lane >> 2);
+      // Loaded before the main loop and not touched until it ends, so that nothing waits for them.
       float2 column[2];
-      float floor_[2], token_scale[2];
-      for (int i = 0; i < 2; i++) {  // loaded before the main loop, used after it
+      float floor_[2];
+      float4 own[2], most;
+      int listed[2];
+      if constexpr (TYPE == INT8) most = rounding.tile[tile.feature / BN];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
         const int feature = tile.feature + 2 * t + i, row = token + 8 * i;
-        column[i].x = feature < F ? bias[feature] : -CUDART_INF_F;
-        column[i].y = 0.f;
-        if (HAS_THRESHOLD && feature < F) column[i].y = threshold[feature];
-        if (TYPE == INT8 && feature < F) column[i].y = rounding.feature_scale[feature];
-        floor_[i] = row < T ? floors[row] : CUDART_INF_F;
-        if (floor_[i] < 0.f) floor_[i] = 0.f;  // not fmaxf: a floor that is no number must admit nothing
-        if constexpr (TYPE == INT8) {
-          const float4 most = rounding.tile[tile.feature / BN];
-          const float4 own = row < T ? rounding.token[row] : make_float4(0.f, 0.f, 0.f, 0.f);  // scale, rest, norm
-          const float by_x = own.x * most.x, by_w = own.y * most.y;
-          token_scale[i] = own.x;
-          floor_[i] = fmaxf(floor_[i], most.w) - rounding.coins * sqrtf(by_x * by_x + by_w * by_w) -
-                      rounding.sums * (own.z * most.x + most.z);
+        column[i] = make_float2(-CUDART_INF_F, 0.f);
+        if (feature < F) {
+          column[i].x = bias[feature];
+          if constexpr (HAS_THRESHOLD) column[i].y = threshold[feature];
+          if constexpr (TYPE == INT8) column[i].y = rounding.feature_scale[feature];
         }
-        // A token that has overflowed is recomputed anyway: stop appending to it.
-        if (row < T && __ldcg(count + row) > cap) floor_[i] = CUDART_INF_F;
+        floor_[i] = CUDART_INF_F;
+        listed[i] = 0;
+        own[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (row < T) {
+          floor_[i] = floors[row];
+          listed[i] = __ldcg(count + row);
+          if constexpr (TYPE == INT8) own[i] = rounding.token[row];  // scale, rest, norm
+        }
       }
       int previous = -1;
       if (skewed && wg == 1) bar_sync(AHEAD_ID, 256);
@@ -217,11 +225,19 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       if (t < CLUSTER) mbar_arrive_cluster(empty + 8 * previous, t);
 
       *(float4*)(staged + 2 * t) = make_float4(column[0].x, column[0].y, column[1].x, column[1].y);
-      if (turn > 0) bar_sync(empty_id(wg), 160);
+      float token_scale[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (floor_[i] < 0.f) floor_[i] = 0.f;  // not fmaxf: a floor that is no number must admit nothing
+        token_scale[i] = own[i].x;
+        if constexpr (TYPE == INT8) {
+          const float by_x = own[i].x * most.x, by_w = own[i].y * most.y;
+          floor_[i] = fmaxf(floor_[i], most.w) - rounding.coins * sqrtf(by_x * by_x + by_w * by_w) -
+                      rounding.sums * (own[i].z * most.x + most.z);
+        }
+        if (listed[i] > cap) floor_[i] = CUDART_INF_F;  // recomputed anyway: stop appending to it
+      }
       bar_sync(group_id(wg), 128);
-      const uint32_t first_value = base + OFF_VALUES + wg * ROOM * 512 + t * 4;
-      const uint32_t first_place = base + OFF_PLACES + wg * ROOM * 128 + t;
-      uint32_t value_at = first_value, place_at = first_place;
       uint32_t found = 0;  // bit j: columns 8j + 2 quad + {0, 1} of the thread's two tokens hold what passes
 #pragma unroll
       for (int j = 0; j < 32; j++) {
@@ -231,28 +247,21 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         for (int i = 0; i < 4; i++) {
           if constexpr (TYPE == INT8) v[i] = fmaf((float)acc[j * 4 + i] * (i & 1 ? two.w : two.y), token_scale[i / 2], i & 1 ? two.z : two.x);
           else v[i] = acc[j * 4 + i] + (i & 1 ? two.z : two.x);
-          keep(acc[j * 4 + i], v[i]);
+          put(acc[j * 4 + i], v[i]);
         }
         bool any = v[0] > floor_[0] || v[1] > floor_[0] || v[2] > floor_[1] || v[3] > floor_[1];
         if (HAS_THRESHOLD) any = any && (v[0] > two.y || v[1] > two.w || v[2] > two.y || v[3] > two.w);
         if (any) found |= 1u << j;
       }
-      found = __reduce_or_sync(~0u, found);
+      const int number = __popc(found), before = groups_before(number, lane);
+      if (turn > 0) bar_sync(empty_id(wg), 160);
+      ((uint32_t*)(smem + OFF_WHICH))[wg * 128 + t] = found;
+      if (quad == 0)
+        for (int i = 0; i < 2; i++) ((float*)(smem + OFF_FLOORS))[wg * 64 + (t / 32) * 16 + (lane >> 2) + 8 * i] = floor_[i];
+      if (before + number > GROUPS) found = 0;
+      uint32_t at = base + OFF_GROUPS + ((wg * 4 + t / 32) * GROUPS + before) * 16;
 #pragma unroll
-      for (int eight = 0; eight < 4; eight++) {
-        if (!(found >> (eight * 8) & 0xff)) continue;
-#pragma unroll
-        for (int j = eight * 8; j < eight * 8 + 8; j++) {
-          if (!(found >> j & 1)) continue;
-          const float4 two = HAS_THRESHOLD ? *(const float4*)(staged + j * 8 + quad * 2) : make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            push<HAS_THRESHOLD>(value_at, place_at, kept(acc[j * 4 + i]), j * 4 + i, floor_[i / 2], i & 1 ? two.w : two.y);
-          value_at = min(value_at, first_value + (SLOTS + 1) * 512);
-          place_at = min(place_at, first_place + (SLOTS + 1) * 128);
-        }
-      }
-      (smem + OFF_COUNTS)[wg * 128 + t] = (value_at - first_value) / 512;
+      for (int j = 0; j < 32; j++) keep_group(at, found, 1u << j, acc + j * 4);
       __threadfence_block();
       bar_arrive(full_id(wg), 160);
     }
@@ -272,7 +281,7 @@ static int encode_map(CUtensorMap* map, const void* data, int rows, int depth, i
     encode = (decltype(&cuTensorMapEncodeTiled))entry;
   }
   cuuint64_t size[2] = {(cuuint64_t)depth, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)depth * (type == INT8 ? 1 : 2)};
-  cuuint32_t box[2] = {type == INT8 ? ROW_BYTES : ROW_BYTES / 2, (cuuint32_t)box_rows}, element[2] = {1, 1};
+  const cuuint32_t depths = type == INT8 ? ROW_BYTES : ROW_BYTES / 2, box[2] = {depths, (cuuint32_t)box_rows}, element[2] = {1, 1};
   const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                        CU_TENSOR_MAP_DATA_TYPE_UINT8};
   return (int)encode(map, types[type], 2, (void*)data, size, stride, box, element, CU_TENSOR_MAP_INTERLEAVE_NONE,

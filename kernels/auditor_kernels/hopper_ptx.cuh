@@ -1,4 +1,4 @@
-// The PTX that the Hopper filter uses by name: barriers, the tensor copy engine, matrix descriptors.
+// What the Hopper filter uses by name: barriers, the tensor copy engine, matrix descriptors, a warp's prefix sums.
 #pragma once
 #include <cuda.h>
 #include <stdint.h>
@@ -39,4 +39,33 @@ __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* ma
 // Shared-memory matrix descriptor: K-major, 128-byte swizzle, 8 rows of 128 bytes per core matrix.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return (uint64_t)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// A score takes the place of its sum.
+__device__ __forceinline__ void put(float& sum, float v) { sum = v; }
+__device__ __forceinline__ void put(int& sum, float v) { sum = __float_as_int(v); }
+
+// Keep four sums if `bit` of `found` is set: predicated, no branch. The operands are of the accumulators' own type: with
+// any other, ptxas finds no registers for the wgmma pipeline and waits after each product.
+__device__ __forceinline__ void keep_group(uint32_t& at, uint32_t found, uint32_t bit, const float* sum) {
+  asm volatile("{\n.reg .pred p;\n.reg .b32 on;\nand.b32 on, %1, %2;\nsetp.ne.b32 p, on, 0;\n"
+               "@p st.shared.v4.f32 [%0], {%3, %4, %5, %6};\n@p add.u32 %0, %0, 16;\n}\n"
+               : "+r"(at) : "r"(found), "r"(bit), "f"(sum[0]), "f"(sum[1]), "f"(sum[2]), "f"(sum[3]) : "memory");
+}
+
+__device__ __forceinline__ void keep_group(uint32_t& at, uint32_t found, uint32_t bit, const int* sum) {
+  asm volatile("{\n.reg .pred p;\n.reg .b32 on;\nand.b32 on, %1, %2;\nsetp.ne.b32 p, on, 0;\n"
+               "@p st.shared.v4.b32 [%0], {%3, %4, %5, %6};\n@p add.u32 %0, %0, 16;\n}\n"
+               : "+r"(at) : "r"(found), "r"(bit), "r"(sum[0]), "r"(sum[1]), "r"(sum[2]), "r"(sum[3]) : "memory");
+}
+
+// Where each lane's groups begin among those of its warp.
+__device__ __forceinline__ int groups_before(int number, int lane) {
+  int sum = number;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += other;
+  }
+  return sum - number;
 }

@@ -90,6 +90,9 @@ class EncoderWeights:
 class TopK(NamedTuple):
     """The k largest active features of each token.
 
+    Exact, but for one way of computing it on a wide encoder (`int8_screen.py`), which may miss a feature in
+    one call of a million whatever the data.
+
     Attributes:
         top_acts_NK: float32, descending (by `|.|` if two-sided); 0 where inactive; NaN in the whole row when
             the residual or one of its pre-activations is not finite.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from auditor_kernels import describe_dispatch, dispatch, encode_topk, hopper, screened
+from auditor_kernels import EncoderWeights, describe_dispatch, dispatch, encode_topk, hopper, screened
 from auditor_kernels.designs import choose_sample, chunk_tokens, hint_capacity, per_group
 from auditor_kernels.dispatch import Implementation, choose
 from kernel_oracle import make_encoder
@@ -75,8 +75,32 @@ def test_workspace_is_bounded():
 def test_a_cpu_call_runs_the_reference_and_says_so(monkeypatch):
     monkeypatch.setattr(screened, "is_fast_here", lambda: False)
     lines = describe_dispatch(make_encoder(4, 50), k=3, num_tokens=100, dtype=torch.float32)
-    assert all("reference (device is cpu, no bfloat16 tiles (AMX))" in line for line in lines[:2])
-    assert "hopper-int8 runs only if AUDITOR_KERNELS" in lines[2]
+    assert len(lines) == 2
+    assert all("reference (device is cpu, no bfloat16 tiles (AMX))" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_sae", "k", "expected"),
+    [
+        (2304, 65536, 32, Implementation.INT8),
+        (2304, 65536, 64, Implementation.HOPPER),
+        (896, 65536, 32, Implementation.HOPPER),
+        (2304, 16384, 32, Implementation.HOPPER),
+        (576, 700, 64, Implementation.ROWS),
+        (576, 9216, 128, Implementation.FILTER),
+    ],
+)
+def test_a_hopper_gpu_runs_what_was_measured_to_be_fastest(monkeypatch, d_in, d_sae, k, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(hopper, "load", lambda: (object(), "built"))
+    zeros = torch.zeros(d_sae)
+    w_df = torch.zeros(1, 1, dtype=torch.bfloat16).expand(d_in, d_sae)
+    encoder = EncoderWeights(w_df, zeros, zeros, torch.zeros(d_in), None, None)
+    which, why = choose(torch.device("cuda"), torch.bfloat16, 16384, encoder, k, hinted=False)
+    assert which is expected, why
+    monkeypatch.setattr(hopper, "load", lambda: (None, "no nvcc"))
+    which, why = choose(torch.device("cuda"), torch.bfloat16, 16384, encoder, k, hinted=False)
+    assert which in (Implementation.FILTER, Implementation.ROWS), why
 
 
 def test_the_override_is_obeyed_and_checked(monkeypatch):
@@ -99,6 +123,18 @@ def test_the_hopper_filter_compiles_once(tmp_path):
     assert hopper.build(nvcc, tmp_path) == library
     assert library.stat().st_mtime_ns == stamp
     assert [path.name for path in tmp_path.iterdir()] == [library.name]
+
+
+@pytest.mark.skipif(hopper.find_nvcc() is None, reason="no nvcc")
+def test_the_hopper_filter_spills_nothing_and_its_products_overlap(tmp_path):
+    """What costs a tenth of the speed is decided by ptxas, which says so to those who ask."""
+    nvcc = hopper.find_nvcc()
+    assert nvcc is not None
+    (tmp_path / "wgmma.inc").write_text(hopper.wgmma_header())
+    command = [*hopper.compile_command(nvcc, tmp_path, tmp_path / "filter.so"), "-Xptxas", "-v"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.count("0 bytes spill stores, 0 bytes spill loads") == 5, said[-2000:]
+    assert "serialized" not in said
 
 
 def test_a_failed_build_leaves_nothing_and_gives_its_reason(tmp_path):
