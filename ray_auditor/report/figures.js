@@ -58,5 +58,5 @@ function saveButton(table, text) {
 for (const table of document.querySelectorAll("table[data-name]")) table.caption.append(" ", saveButton(table, "CSV"));
 for (const figure of document.querySelectorAll("[data-csv]")) {
   const table = document.querySelector(`table[data-name="${figure.dataset.csv}"]`);
-  if (table) figure.append(saveButton(table, "The figure's data as CSV"));
+  if (table) figure.append(saveButton(table, figure.dataset.text ?? "The figure's data as CSV"));
 }
