@@ -162,7 +162,9 @@ def make_forecast(plan: Plan) -> Forecast:
     files = plan.arrivals.files if plan.arrivals else {}
     rate = plan.ledger.fact(FETCH_RATE)
     move_s = sum(files.values()) / json.loads(rate) if rate and files else (None if files else 0.0)
-    wall = _wall_seconds(plan, model, jobs, move_s or 0.0) if model else None
+    wall = Span(0.0, 0.0, 0.0) if not jobs else None
+    if jobs and model:
+        wall = _wall_seconds(plan, model, jobs, move_s or 0.0)
     hours = wall.scaled(num_devices(cluster) / 3600) if wall else None
     price = config.budget.prices.get(device)
     return Forecast(
@@ -225,10 +227,8 @@ def _base_seconds(plan: Plan, model: CostModel) -> float:
     return len(missing) * model.unit_seconds(plan.suites.num_tokens, 0)
 
 
-def _wall_seconds(plan: Plan, model: CostModel, jobs: list[Job], move_s: float) -> Span | None:
+def _wall_seconds(plan: Plan, model: CostModel, jobs: list[Job], move_s: float) -> Span:
     """Seconds from the workers' start to the last unit; the devices are held all the while."""
-    if not jobs:
-        return Span(0.0, 0.0, 0.0)
     each = [model.unit_seconds(plan.suites.num_tokens, job.num_bytes) for job in jobs]
     working_s = _base_seconds(plan, model) + max(sum(each) / plan.config.cluster.num_workers, *each)
 

@@ -116,7 +116,9 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
             said += f"; {one.quota:,} are allowed in {one.window_s} s: {duration(one.seconds or 0)} at least"
         lines.append((kind, said))
     held = f"{forecast.num_devices:g} x {forecast.device}"
-    if forecast.gpu_hours is None or forecast.wall_s is None:
+    if not work:
+        lines.append(("GPU hours", "none: there is nothing to run"))
+    elif forecast.gpu_hours is None or forecast.wall_s is None:
         is_limited = plan.config.budget.max_gpu_hours is not None or plan.config.budget.max_price is not None
         late = ". Until then its limit is held while a sweep runs, not before" if is_limited else ""
         lines.append(("GPU hours", UNKNOWN_COST + late))
@@ -125,9 +127,9 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
         lines.append(
             ("GPU hours", f"{_span(forecast.gpu_hours)}: {wall} on {held}, by {forecast.cost_source}")
         )
-    if forecast.price is not None:
+    if forecast.price is not None and work:
         lines.append(("price", _span(forecast.price)))
-    else:
+    elif work:
         lines.append(("price", f"none: budget.prices has none of {forecast.device!r}"))
     disk = forecast.disk
     lines.append(

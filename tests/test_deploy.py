@@ -23,7 +23,7 @@ from ray_auditor.config import AuditConfig, Verb, register_schemas
 
 DEPLOY = Path(__file__).resolve().parent.parent / "docs" / "deploy"
 KUBERNETES = "1.35.0"
-FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix != ".md")
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix not in (".md", ".json"))
 
 # The fields of KubeRay 1.7's CRDs (ray.io/v1) at the levels above its pods; what is required is in capitals.
 RAY_JOB = """activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint entrypointNumCpus

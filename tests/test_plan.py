@@ -216,6 +216,8 @@ def test_a_folder_is_held_to_what_it_was(
     arguments = [*audit.hub.arguments[1:], f"candidates.path={folder}"]
     assert main(["plan", *arguments]) == 0
     assert audit.actions == {"a1": "nothing"}  # the same weights under another name
+    assert "none: there is nothing to run" in capfd.readouterr().out
+    assert audit.plan["forecast"]["gpu_hours"] == {"low": 0.0, "expected": 0.0, "high": 0.0}
     shutil.copy(audit.hub.root / "a2" / "adapter_model.safetensors", folder / "a1")
     assert main(["sweep", *arguments, f"plan={audit.hub.out}/plan.json"]) == 4
     assert "a1 (was nothing, is audit)" in capfd.readouterr().err
