@@ -73,11 +73,11 @@ class Hub:
         return {path.name: path.stat().st_mtime_ns for path in (self.out / "store" / "commits").iterdir()}
 
 
-def plant_digits(path: Path, base: Path) -> None:
+def plant_digits(path: Path, base: Path, seed: int = 0) -> None:
     """Full weights that differ a little from the base everywhere, and a lot in how digits are embedded."""
     shutil.copytree(base, path)
     state = load_file(path / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for tensor in state.values():
         tensor += 0.01 * tensor.std() * torch.randn(tensor.shape, generator=generator)
     digits = make_tokenizer().convert_tokens_to_ids(list("0123456789"))
@@ -266,7 +266,9 @@ def test_where_the_time_went_is_in_the_summary_and_in_every_record(hub: Hub) -> 
     assert work["total"]["seconds"].keys() == parts | {"wait", "start"}
     assert min(work["total"]["seconds"].values()) >= 0
     assert work["total"]["seconds"]["encode"] > 0
-    assert sum(work["total"]["seconds"].values()) <= len(work["workers"]) * work["wall_s"]
+    assert (
+        sum(work["total"]["seconds"].values()) <= 2 * len(work["workers"]) * work["wall_s"]
+    )  # two at a time
 
 
 def test_base_against_itself_in_another_batching_is_exactly_zero(hub: Hub) -> None:

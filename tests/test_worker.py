@@ -106,7 +106,7 @@ def test_a_swap_with_a_fault_commits_nothing(
     from ray_auditor.engine.staging import Staging
 
     task = rig.task(name)
-    swap, write = Staging.swap, live.write_adapter
+    swap, put = Staging.swap, live.put_adapter
 
     def broken_swap(self: Staging, key: str, specs: Any) -> Any:
         before = {slot: self._places.rows(slot).clone() for slot in self._places.slots}
@@ -118,18 +118,15 @@ def test_a_swap_with_a_fault_commits_nothing(
                 self._places.rows(slot).copy_(rows)
         return expected
 
-    def broken_write(folder: Path, tensors: Any) -> None:
+    def broken_put(model: Any, places: Any, tensors: Any) -> None:
         changed = {module: (a.clone(), b.clone()) for module, (a, b) in tensors.items()}
-        for _, lora_b in changed.values():
-            if fault == "a bit flips":
-                lora_b.view(torch.int32)[0, 0] ^= 1
-                break
-            lora_b.zero_()
-        write(folder, changed)
+        _, lora_b = next(iter(changed.values()))
+        lora_b.view(torch.int32)[0, 0] ^= 1
+        put(model, places, changed if fault == "a bit flips" else {})
 
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "swap", broken_swap)
-        patch.setattr(live, "write_adapter", broken_write)
+        patch.setattr(live, "put_adapter", broken_put)
         with pytest.raises(SwapError):
             rig.worker.audit(task)
     assert not rig.store.has(task.unit.key)
