@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OVERRIDE = "AUDITOR_KERNELS"
 # Below this many tokens the exact row kernel reads W once and needs no second look.
 FEW_TOKENS = 16
-# A thread of the Hopper filter has 15 slots for 128 elements: at 1 in 40 it almost never needs more.
+# A warp of the Hopper filter keeps 160 groups of a tile's 1024: at 1 feature in 40 it never needs more.
 HOPPER_FEATURES_PER_CANDIDATE = 40
 
 # From here on scoring candidates again costs less than 8-bit products save (measured, see docs/kernel.md).

@@ -49,6 +49,7 @@ __device__ __forceinline__ int full_id(int wg) { return 1 + wg; }
 __device__ __forceinline__ int empty_id(int wg) { return 3 + wg; }
 __device__ __forceinline__ int group_id(int wg) { return 5 + wg; }
 constexpr int AHEAD_ID = 7;  // the first consumer is SKEW steps into its tile
+
 struct Tile { int token, feature; };
 
 // Cluster rows in bands of RASTER, column by column within a band.
@@ -91,6 +92,7 @@ filter_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   const int cluster_rows = (T + CLUSTER * BM - 1) / (CLUSTER * BM), columns = (F + BN - 1) / BN;
   const int items = cluster_rows * columns, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
 
+  // Registers a thread: 56 + 2 * 224 is what the launch gave, 3 * 168. To ask for more is to wait for ever.
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (warp == 0 && lane == 0) {  // the producer
