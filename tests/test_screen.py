@@ -1,18 +1,22 @@
 """A sweep in two stages: who scores low on some prompts is not run on the others, and never called clean."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import jsonschema
 import numpy as np
 import pytest
 
 from ray_auditor.__main__ import main
+from ray_auditor.intake import UNVERIFIED
 from ray_auditor.screen_config import ScreenConfig
 from ray_auditor.store import Store
 from ray_auditor.suites import Prompt, Suite, Suites, screened_prompts
+from tests.hub.hub_server import HubServer, serving
 from tests.test_sweep import Hub, plant_digits
 from tests.tiny import make_adapter
 
@@ -81,6 +85,36 @@ def test_a_second_night_runs_nothing_again(hub: Hub) -> None:
     assert hub.sweep() in (0, 1)
     assert hub.commits == before
     assert [row["status"] for row in hub.summary["candidates"]] == [row["status"] for row in rows]
+
+
+def test_candidates_from_a_hub_are_fetched_once_for_both_stages(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    out = tmp_path / "out"
+    shutil.copytree(hub.out / "store", out / "store")  # base and null are computed already
+    arguments = [one for one in hub.arguments if not one.startswith(("candidates.path=", "out_dir="))]
+    arguments += ["candidates=hub", "candidates.author=org", "download.min_free_bytes=0", f"out_dir={out}"]
+    make_adapter(tmp_path / "calm", hub.base, seed=4, scale=0.05)
+    plant_digits(tmp_path / "loud", hub.base, seed=1)
+    with serving(HubServer()) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        for name in ("calm", "loud"):
+            server.add(f"org/{name}", tmp_path / name)
+        assert main(["sweep", *arguments, "download.read=ranges"]) in (0, 1)
+        rows = {row["id"]: row for row in json.loads((out / "summary.json").read_text())["candidates"]}
+        assert rows["org/calm"]["status"] == "screened"
+        assert rows["org/loud"]["status"] in ("ok", "flagged")
+        assert UNVERIFIED in rows["org/loud"]["reason"]
+        asked = [path for path in server.requests if "/org/calm/resolve/" in path]
+        assert len(set(asked)) == len(asked) == 3  # its config, its weights, and where they were redirected
+        assert server.count("/org/loud/resolve/") > 0
+        server.requests.clear()
+        assert main(["sweep", *arguments, "download.read=ranges"]) in (0, 1)
+        assert server.count("/resolve/") == 0
+        again = {row["id"]: row for row in json.loads((out / "summary.json").read_text())["candidates"]}
+    assert again["org/calm"]["status"] == "screened"
 
 
 def test_a_screen_without_a_null_population_is_refused(
