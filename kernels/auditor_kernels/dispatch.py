@@ -79,10 +79,10 @@ def choose(
         return Implementation.FILTER, f"floor from {floor}, two-sided encoder"
     if d_sae < HOPPER_FEATURES_PER_CANDIDATE * expected:
         return Implementation.FILTER, f"floor from {floor}, k {kept} is dense for {d_sae} features"
-    from auditor_kernels import hopper
+    from auditor_kernels.agreement import check_hopper
 
-    library, reason = hopper.load()
-    if library is None:
+    works, reason = check_hopper(device)
+    if not works:
         return Implementation.FILTER, f"floor from {floor}, Hopper GPU, {reason}"
     if encoder.W_enc_DF.shape[0] >= INT8_WIDTH and d_sae >= INT8_FEATURES_PER_KEPT * kept:
         return (

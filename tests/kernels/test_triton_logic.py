@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from auditor_kernels import EncoderWeights, describe_dispatch, dispatch, encode_topk, hopper, screened
+from auditor_kernels import (
+    EncoderWeights,
+    agreement,
+    describe_dispatch,
+    dispatch,
+    encode_topk,
+    hopper,
+    screened,
+)
 from auditor_kernels.designs import choose_sample, chunk_tokens, hint_capacity, per_group
 from auditor_kernels.dispatch import Implementation, choose
 from kernel_oracle import make_encoder
@@ -92,13 +100,13 @@ def test_a_cpu_call_runs_the_reference_and_says_so(monkeypatch):
 )
 def test_a_hopper_gpu_runs_what_was_measured_to_be_fastest(monkeypatch, d_in, d_sae, k, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(hopper, "load", lambda: (object(), "built"))
+    monkeypatch.setattr(agreement, "check_hopper", lambda _: (True, "built"))
     zeros = torch.zeros(d_sae)
     w_df = torch.zeros(1, 1, dtype=torch.bfloat16).expand(d_in, d_sae)
     encoder = EncoderWeights(w_df, zeros, zeros, torch.zeros(d_in), None, None)
     which, why = choose(torch.device("cuda"), torch.bfloat16, 16384, encoder, k, hinted=False)
     assert which is expected, why
-    monkeypatch.setattr(hopper, "load", lambda: (None, "no nvcc"))
+    monkeypatch.setattr(agreement, "check_hopper", lambda _: (False, "no nvcc"))
     which, why = choose(torch.device("cuda"), torch.bfloat16, 16384, encoder, k, hinted=False)
     assert which in (Implementation.FILTER, Implementation.ROWS), why
 
