@@ -130,19 +130,27 @@ class Meter:
     ) -> None:
         self._limits, self._devices, self._clock = limits, devices, clock
         self._begun: float | None = None
+        self._used_s = 0.0  # by the clock, in the stages before
         self._recent: deque[float] = deque(maxlen=32)
         self._num_bytes = 0
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """From here on devices are held."""
+        self.end()
         self._begun = self._clock()
+
+    def end(self) -> None:
+        """They are given back; what they were held for stays used when another stage starts."""
+        if self._begun is not None:
+            self._used_s += self._clock() - self._begun
+        self._begun = None
 
     @property
     def time_left_s(self) -> float:
         """Seconds by the clock until the devices must be given back."""
-        used = 0.0 if self._begun is None else self._clock() - self._begun
-        return self._limits.device_s / self._devices - used
+        now_s = 0.0 if self._begun is None else self._clock() - self._begun
+        return self._limits.device_s / self._devices - self._used_s - now_s
 
     def landed(self, seconds: float) -> None:
         """A unit took so long by the clock."""

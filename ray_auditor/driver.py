@@ -17,7 +17,7 @@ from ray_auditor.plan import Plan
 from ray_auditor.ray_metrics import RayMetrics
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.work import Ran, Work
-from ray_auditor.worker import IN_FLIGHT, Assignment, Worker
+from ray_auditor.worker import IN_FLIGHT, Assignment, EngineInDoubt, Worker
 
 POLL_S = 0.5
 MAX_REASON_CHARS = 300
@@ -63,7 +63,7 @@ class Fleet:
     """The workers of a run, and what is in flight on them."""
 
     def __init__(self, start_worker: Callable[[], Any], config: ClusterConfig, meter: Meter) -> None:
-        """Start `num_workers`; from here on `meter` counts."""
+        """Start `num_workers`; from here on `meter` counts, until the run ends."""
         meter.start()
         self._start_worker = start_worker
         self._config, self._meter = config, meter
@@ -104,8 +104,11 @@ class Fleet:
             flight = self._flying.pop(reference)
             outcome, has_died = outcome_of(reference)
             if isinstance(outcome, Ran):
-                self._meter.landed((now - flight.begun) / IN_FLIGHT)
+                self._meter.landed(now - flight.begun)
                 yield Landing(flight, outcome)
+                continue
+            if isinstance(outcome, EngineInDoubt):  # whatever was at fault lands too, and ends the worker
+                yield Landing(flight, str(outcome), is_spared=True)
                 continue
             is_spared = flight.worker in self._stopped
             if flight.worker in self._workers:
@@ -162,34 +165,37 @@ def run_stages(
         if failure is not None and task.candidate is None:
             raise BaseFailed(task, failure)
 
-    for number, stage in enumerate(timed(stages, plan.work)):
-        if number:
-            after_stage()
-        queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
-        while queue or fleet.names:
-            while queue and not (refusal := meter.refuse_unit()) and fleet.launch(*queue[0]):
-                queue.popleft()
-            while queue and refusal:  # no time for another
-                end(queue.popleft()[0], refusal)
-            num_failed = sum(failure is not None for failure in ended.values())
-            num_ok = num_before + len(ended) - num_failed
-            counts = {"ok": num_ok, "failed": num_failed, "running": len(fleet.names)}
-            progress.update(counts, (num_ok - num_before) * plan.suites.num_tokens, fleet.names)
-            for landing in fleet.land():
-                task, attempt = landing.flight.assignment, landing.flight.attempt
-                if isinstance(landing.outcome, Ran):
-                    told.add(landing.outcome)
-                    end(task, None)
-                elif landing.is_spared:
-                    queue.appendleft((task, attempt))
-                elif landing.is_own_fault:
-                    end(task, landing.outcome)
-                elif refusal := meter.refuse_unit():
-                    end(task, refusal)
-                elif attempt < config.max_attempts:
-                    queue.append((task, attempt + 1))
-                else:
-                    end(task, landing.outcome)
+    try:
+        for number, stage in enumerate(timed(stages, plan.work)):
+            if number:
+                after_stage()
+            queue = deque((task, 1) for task in sorted(stage, key=lambda task: -task.num_bytes))
+            while queue or fleet.names:
+                while queue and not (refusal := meter.refuse_unit()) and fleet.launch(*queue[0]):
+                    queue.popleft()
+                while queue and refusal:  # no time for another
+                    end(queue.popleft()[0], refusal)
+                num_failed = sum(failure is not None for failure in ended.values())
+                num_ok = num_before + len(ended) - num_failed
+                counts = {"ok": num_ok, "failed": num_failed, "running": len(fleet.names)}
+                progress.update(counts, (num_ok - num_before) * plan.suites.num_tokens, fleet.names)
+                for landing in fleet.land():
+                    task, attempt = landing.flight.assignment, landing.flight.attempt
+                    if isinstance(landing.outcome, Ran):
+                        told.add(landing.outcome)
+                        end(task, None)
+                    elif landing.is_spared:
+                        queue.appendleft((task, attempt))
+                    elif landing.is_own_fault:
+                        end(task, landing.outcome)
+                    elif refusal := meter.refuse_unit():
+                        end(task, refusal)
+                    elif attempt < config.max_attempts:
+                        queue.append((task, attempt + 1))
+                    else:
+                        end(task, landing.outcome)
+    finally:
+        meter.end()
     return {key: failure for key, failure in ended.items() if failure is not None}
 
 
@@ -205,7 +211,7 @@ def timed(stages: Iterable[Sequence[Assignment]], work: Work) -> Iterator[Sequen
         yield stage
 
 
-def outcome_of(reference: Any) -> tuple[Ran | CandidateError | str, bool]:
+def outcome_of(reference: Any) -> tuple[Ran | CandidateError | EngineInDoubt | str, bool]:
     """What the assignment took, once it is committed; the quarantine line: whatever went wrong ends here.
 
     Returns:
@@ -216,7 +222,7 @@ def outcome_of(reference: Any) -> tuple[Ran | CandidateError | str, bool]:
         ran: Ran = ray.get(reference, timeout=0)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
-        if isinstance(cause, CandidateError):
+        if isinstance(cause, (CandidateError, EngineInDoubt)):
             return cause, False
         if isinstance(cause, SwapError):
             return CandidateError("failed", "swap_unproven", str(cause).splitlines()[0]), False

@@ -91,6 +91,19 @@ def test_the_meter_stops_before_a_unit_that_would_not_end_in_time() -> None:
     assert meter.refuse_unit() is None
 
 
+def test_what_one_stage_used_is_not_given_to_the_next() -> None:
+    clock = Clock()
+    meter = Meter(limits(max_gpu_hours=1), 4, clock=clock)
+    for _ in range(2):
+        meter.start()
+        clock.now += 400
+        meter.end()
+        clock.now += 10_000  # nobody holds a device
+    assert meter.time_left_s == 100
+    meter.start()
+    assert meter.time_left_s == 100
+
+
 def test_the_meter_counts_every_byte_that_is_asked_for() -> None:
     meter = Meter(limits(max_download_bytes=100), 1)
     meter.move(60)

@@ -209,6 +209,13 @@ def test_a_budget_that_is_used_up_defers_the_rest_and_gives_the_device_back(run:
     }
 
 
+def test_a_second_run_goes_on_with_what_the_first_left_of_the_budget(run: Any, tmp_path: Path) -> None:
+    meter = budget(tmp_path / "log", "fine-1")
+    run([task("fine-1")], num_workers=1, meter=meter)
+    failures, _ = run([task("fine-2")], num_workers=1, meter=meter)
+    assert failures["fine-2"].reason.startswith("deferred:max_gpu_hours:")
+
+
 def test_a_budget_too_small_for_the_base_is_no_fault_of_the_base(run: Any, tmp_path: Path) -> None:
     with pytest.raises(BaseFailed) as caught:
         run([task("hang-base", base=True)], meter=budget(tmp_path / "log", "hang-base"))
