@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 from ray_auditor.durable_file import append_lines
-from ray_auditor.report.finding import Finding, list_findings
+from ray_auditor.report.finding import INPUTS, Finding, list_findings
 from ray_auditor.report.rule import rule_order
 
 FILE = "acknowledgements.jsonl"
@@ -28,6 +28,8 @@ class Acknowledgement:
         why: The same.
         until: The last day, UTC, as `YYYY-MM-DD`.
         at: When it was made, UTC.
+        inputs: Base, SAE, hook, suites and k of the sweep, under their names in its settings; empty in a line
+            that does not have them, which holds for no sweep.
     """
 
     candidate: str
@@ -38,24 +40,34 @@ class Acknowledgement:
     why: str
     until: str
     at: str
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def acknowledge(finding: Finding, *, who: str | None, why: str | None, until: str | None) -> Acknowledgement:
+def acknowledge(
+    finding: Finding, inputs: Mapping[str, Any], *, who: str | None, why: str | None, until: str | None
+) -> Acknowledgement:
     """Say that a finding was looked at.
 
     Args:
         finding: Of a sweep that recorded its weights.
+        inputs: Of the sweep; see `inputs_of`.
         who: Name or address.
         why: What was found out.
         until: The last day it counts, `YYYY-MM-DD`; a day that has passed opens the finding at once.
 
     Raises:
-        ValueError: One of them is missing, too long or no date, or the weights are not recorded.
+        ValueError: One of them is missing, too long, no UTF-8 or no date, or the weights are not recorded.
     """
     for name, text in (("who", who), ("why", why), ("until", until)):
         if not text or not text.strip() or len(text) > MAX_CHARS:
             bound = f"given, in at most {MAX_CHARS} characters"
             raise ValueError(f"ack.{name} must be {bound}, got {text and text[:40]!r}; add ack.{name}=...")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"ack.{name} must be UTF-8, got {text[:40]!r}; type it in a UTF-8 terminal"
+            ) from error
     assert who is not None
     assert why is not None
     assert until is not None
@@ -69,8 +81,14 @@ def acknowledge(finding: Finding, *, who: str | None, why: str | None, until: st
         )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Acknowledgement(
-        finding.candidate, finding.content, finding.suite, finding.rule, who, why, last, now
+        finding.candidate, finding.content, finding.suite, finding.rule, who, why, last, now, dict(inputs)
     )
+
+
+def inputs_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sweep's numbers follow from besides the candidates."""
+    settings = summary.get("settings") or {}
+    return {name: settings.get(name) for name in INPUTS}
 
 
 def append_acknowledgements(out_dir: Path, given: Iterable[Acknowledgement]) -> None:
@@ -89,18 +107,18 @@ def read_acknowledgements(out_dir: Path) -> list[Acknowledgement]:
     if not path.is_file():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    names = {field.name for field in fields(Acknowledgement)}
+    names = {one.name for one in fields(Acknowledgement)}
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
+            values = {"inputs": {}} | json.loads(line)
             if values.keys() != names or not all(
-                isinstance(value, str) or (name == "suite" and value is None)
+                isinstance(value, dict if name == "inputs" else str) or (name == "suite" and value is None)
                 for name, value in values.items()
             ):
                 raise ValueError("it has other fields")
             date.fromisoformat(values["until"])
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} must be an acknowledgement of ours ({error}); remove the line"
             ) from error
@@ -114,8 +132,8 @@ def mark_acknowledged(
     """Say of every finding of a summary whether it is acknowledged, or why it no longer is.
 
     A flag, and the row of a misfit, gets `acknowledged` (`who`, `why`, `until`, `at`, or None) and
-    `reopened`: None, or why the latest acknowledgement does not hold: `changed weights`, `surer rule`,
-    `expired`.
+    `reopened`: None, or why the latest acknowledgement does not hold: `changed weights`, `other inputs`,
+    `surer rule`, `expired`.
 
     Args:
         summary: Changed in place.
@@ -127,19 +145,24 @@ def mark_acknowledged(
     for one in given:
         by_name.setdefault((one.candidate, one.suite), []).append(one)
     rows = {row["id"]: row for row in summary["candidates"]}
-    flags = iter(summary["flags"])
+    flags, inputs = iter(summary["flags"]), inputs_of(summary)
     for finding in list_findings(summary):
         where = rows[finding.candidate] if finding.suite is None else next(flags)
-        where |= _state(finding, by_name.get((finding.candidate, finding.suite), []), today)
+        where |= _state(finding, by_name.get((finding.candidate, finding.suite), []), inputs, today)
 
 
-def _state(finding: Finding, given: Sequence[Acknowledgement], today: date) -> Mapping[str, Any]:
+def _state(
+    finding: Finding, given: Sequence[Acknowledgement], inputs: Mapping[str, Any], today: date
+) -> Mapping[str, Any]:
     if not given:
         return {"acknowledged": None, "reopened": None}
     of_content = [one for one in given if one.content == finding.content]
     if not of_content:
         return {"acknowledged": None, "reopened": "changed weights"}
-    latest = of_content[-1]
+    of_inputs = [one for one in of_content if one.inputs == inputs]
+    if not of_inputs:
+        return {"acknowledged": None, "reopened": "other inputs"}
+    latest = of_inputs[-1]
     if rule_order(finding.rule) < rule_order(latest.rule):
         return {"acknowledged": None, "reopened": "surer rule"}
     if date.fromisoformat(latest.until) < today:

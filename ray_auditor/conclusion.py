@@ -25,7 +25,7 @@ from ray_auditor.plan import Plan, Row, gate_base
 from ray_auditor.rates import Bootstrap, suite_sums
 from ray_auditor.reduction import Failures, Status, reduce_committed
 from ray_auditor.report.candidate import SCREENED
-from ray_auditor.report.finding import exit_code_of
+from ray_auditor.report.finding import EXIT_FAILED, exit_code_of
 from ray_auditor.report.terminal import print_summary
 from ray_auditor.screen import describe_screen
 from ray_auditor.standing import Standing
@@ -60,8 +60,8 @@ def conclude(plan: Plan, failures: Failures) -> int:
     for flag in population.flags:
         statuses[flag.candidate] = ("flagged", statuses[flag.candidate][1])
     history = History(plan.ledger, plan.base_unit, plan.candidates)
-    flagged = [(flag.candidate, flag.suite) for flag in population.flags]
-    flagged += [(name, MISFIT) for name, (status, _) in statuses.items() if status == MISFIT]
+    flagged = [(flag.candidate, flag.suite, flag.rule) for flag in population.flags]
+    flagged += [(name, MISFIT, MISFIT) for name, (status, _) in statuses.items() if status == MISFIT]
     whys, new = history.whys(), history.new(flagged)
     summary: dict[str, Any] = {
         "counts": dict(Counter(status for status, _ in statuses.values())),
@@ -93,7 +93,9 @@ def conclude(plan: Plan, failures: Failures) -> int:
     mark_acknowledged(summary, read_acknowledgements(out_dir))
     summary["exit_code"] = exit_code_of(summary)
     summary = write_outputs(summary, out_dir)
-    history.conclude({name: status for name, (status, _) in statuses.items()}, flagged)
+    # An exit code that cannot say that there are findings has not reported them.
+    reported = () if summary["exit_code"] == EXIT_FAILED else flagged
+    history.conclude({name: status for name, (status, _) in statuses.items()}, reported)
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

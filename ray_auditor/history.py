@@ -14,13 +14,14 @@ from typing import Any
 from ray_auditor.acknowledgement import mark_acknowledged, read_acknowledgements
 from ray_auditor.config import AuditConfig
 from ray_auditor.durable_file import put_file
-from ray_auditor.ledger import Audit, Ledger, explain
+from ray_auditor.ledger import Audit, Ledger, Reported, explain
 from ray_auditor.outputs import OUTPUTS, to_json, write_outputs
-from ray_auditor.report.finding import exit_code_of
+from ray_auditor.report.finding import EXIT_FAILED, INPUTS, exit_code_of
+from ray_auditor.report.rule import rule_order
 from ray_auditor.roster import Row
 from ray_auditor.store import Unit
 
-Finding = tuple[str, str, str]  # candidate, suite, content
+Flagged = tuple[str, str, str]  # candidate, suite, rule
 STANDS = "conclusion"  # the fact that holds what the last conclusion was drawn from
 # Parts of a store that a conclusion reads by key, which says what is in them, or not at all.
 KEYED = {"shards", "residuals", "commits", "suites", "tmp"}
@@ -65,24 +66,34 @@ class History:
             whys[row.id] = explain(before, content_of(row) or same, parts)
         return whys
 
-    def new(self, flagged: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Of flagged (candidate, suite), those that were not reported before for the same weights."""
-        known = self.ledger.findings()
+    def new(self, flagged: Sequence[Flagged]) -> set[tuple[str, str]]:
+        """Of flagged, (candidate, suite) never reported of these weights and inputs by a rule as sure."""
+        ranks = self.ledger.reported()
         return {
-            (one, suite)
-            for one, suite, content in self._findings(flagged)
-            if (one, suite, content) not in known
+            (one.candidate, one.suite)
+            for one, rank in self._reported(flagged)
+            if one not in ranks or rank < ranks[one]
         }
 
-    def conclude(self, statuses: Mapping[str, str], flagged: Sequence[tuple[str, str]]) -> None:
-        """Make tonight the last sweep."""
+    def conclude(self, statuses: Mapping[str, str], flagged: Sequence[Flagged]) -> None:
+        """Make tonight the last sweep.
+
+        Args:
+            statuses: By candidate.
+            flagged: What was reported; nothing where the exit code could not say so.
+        """
         parts = self.parts
         audits = {row.id: Audit(content_of(row), statuses[row.id], parts) for row in self.rows}
-        self.ledger.conclude(audits, self._findings(flagged))
+        self.ledger.conclude(audits, self._reported(flagged))
 
-    def _findings(self, flagged: Sequence[tuple[str, str]]) -> list[Finding]:
+    def _reported(self, flagged: Sequence[Flagged]) -> list[tuple[Reported, int]]:
+        """What a report says of weights under these inputs, with how sure its rule is, the surest 0."""
         contents = {row.id: content_of(row) or "" for row in self.rows}
-        return [(candidate, suite, contents[candidate]) for candidate, suite in flagged]
+        inputs = json.dumps([getattr(self.base_unit, name) for name in INPUTS])
+        return [
+            (Reported(candidate, suite, contents[candidate], inputs), rule_order(rule))
+            for candidate, suite, rule in flagged
+        ]
 
 
 def content_of(row: Row) -> str | None:
@@ -125,8 +136,9 @@ class Conclusion:
         before = _said(summary)
         for candidate in summary["candidates"]:
             candidate["why"] = whys[candidate["id"]]
-        for finding in (*summary["flags"], *(row for row in summary["candidates"] if "new" in row)):
-            finding["new"] = False
+        if summary["exit_code"] != EXIT_FAILED:  # which says nothing of findings: they are new until one does
+            for finding in (*summary["flags"], *(row for row in summary["candidates"] if "new" in row)):
+                finding["new"] = False
         mark_acknowledged(summary, read_acknowledgements(out_dir))
         summary["exit_code"] = exit_code_of(summary)
         summary["generated_at"] = datetime.now(UTC).isoformat(timespec="seconds")

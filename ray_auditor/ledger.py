@@ -13,7 +13,7 @@ from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 VERSION = 1  # of the tables
 COMMIT_S = 1.0  # the most a kill can lose
@@ -25,8 +25,8 @@ CREATE TABLE IF NOT EXISTS pins (origin TEXT, repo TEXT, revision TEXT, pinned T
 CREATE TABLE IF NOT EXISTS admissions (key TEXT, class TEXT, admission TEXT,
     PRIMARY KEY (key, class)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS audits (id TEXT PRIMARY KEY, audit TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS findings (candidate TEXT, suite TEXT, content TEXT, first_seen TEXT,
-    PRIMARY KEY (candidate, suite, content)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS reported (candidate TEXT, suite TEXT, content TEXT, inputs TEXT, rank INTEGER,
+    first_seen TEXT, PRIMARY KEY (candidate, suite, content, inputs, rank)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS refusals (unit TEXT PRIMARY KEY, refusal TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS whole (unit TEXT PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
@@ -52,6 +52,15 @@ class Audit:
     content: str | None
     status: str
     parts: dict[str, str]  # base, SAE, suites, settings
+
+
+class Reported(NamedTuple):
+    """What a finding was reported of."""
+
+    candidate: str
+    suite: str
+    content: str
+    inputs: str  # base, SAE, hook, suites and k
 
 
 class Ledger:
@@ -129,11 +138,14 @@ class Ledger:
         rows = self._db.execute("SELECT id, audit FROM audits")
         return {name: Audit(**json.loads(audit)) for name, audit in rows}
 
-    def findings(self) -> set[tuple[str, str, str]]:
-        """(candidate, suite, content) of everything that was ever reported."""
-        return set(self._db.execute("SELECT candidate, suite, content FROM findings"))
+    def reported(self) -> dict[Reported, int]:
+        """Everything that was ever reported, with the rank of the surest rule that did, the surest 0."""
+        rows = self._db.execute(
+            "SELECT candidate, suite, content, inputs, MIN(rank) FROM reported GROUP BY 1, 2, 3, 4"
+        )
+        return {Reported(*one): rank for *one, rank in rows}
 
-    def conclude(self, audits: Mapping[str, Audit], findings: Iterable[tuple[str, str, str]]) -> None:
+    def conclude(self, audits: Mapping[str, Audit], findings: Iterable[tuple[Reported, int]]) -> None:
         """Keep how a sweep ended, in one step."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._db:
@@ -142,7 +154,8 @@ class Ledger:
                 ((name, json.dumps(asdict(audit))) for name, audit in audits.items()),
             )
             self._db.executemany(
-                "INSERT OR IGNORE INTO findings VALUES (?, ?, ?, ?)", ((*found, now) for found in findings)
+                "INSERT OR IGNORE INTO reported VALUES (?, ?, ?, ?, ?, ?)",
+                ((*found, rank, now) for found, rank in findings),
             )
 
     def refusals(self) -> dict[str, tuple[str, str]]:

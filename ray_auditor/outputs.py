@@ -15,7 +15,7 @@ from ray_auditor.report.junit import render_junit
 from ray_auditor.report.markdown import render_markdown
 from ray_auditor.report.metrics import Metrics
 from ray_auditor.report.sarif import render_sarif
-from ray_auditor.tables import candidates_table, rates_table, to_ipc
+from ray_auditor.tables import as_table, candidates_table, rates_table, to_ipc
 
 OUTPUTS = (
     "candidates.arrow",
@@ -122,7 +122,7 @@ def findings_table(summary: Mapping[str, Any]) -> Any:
         }
         cell = row["suites"].get(finding.suite) or {}
         rows.append({name: known.get(name, cell.get(name, row.get(name))) for name in FINDINGS.names})
-    return pa.Table.from_pylist(rows, schema=FINDINGS)
+    return as_table(rows, FINDINGS)
 
 
 def _parquet(table: Any) -> bytes:

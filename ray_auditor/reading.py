@@ -11,6 +11,7 @@ from ray_auditor import open_store
 from ray_auditor.acknowledgement import (
     acknowledge,
     append_acknowledgements,
+    inputs_of,
     mark_acknowledged,
     read_acknowledgements,
 )
@@ -55,7 +56,8 @@ def run_ack(config: AuditConfig) -> int:
         ValueError: There is no summary, or no such finding, or a setting is missing.
     """
     out_dir, given = Path(config.out_dir), config.ack
-    findings = list(list_findings(read_summary(out_dir)))
+    summary = read_summary(out_dir)
+    findings = list(list_findings(summary))
     console = Console(soft_wrap=True)
     if given.candidate is not None:
         suites = [one.suite for one in findings if one.candidate == given.candidate]
@@ -70,7 +72,10 @@ def run_ack(config: AuditConfig) -> int:
             raise ValueError(f"ack.{name} must be {bound}, got {value!r}; say ray-auditor ack out_dir=DIR")
         append_acknowledgements(
             out_dir,
-            [acknowledge(one, who=given.who, why=given.why, until=given.until) for one in found],
+            [
+                acknowledge(one, inputs_of(summary), who=given.who, why=given.why, until=given.until)
+                for one in found
+            ],
         )
         try:
             with Lease(out_dir):
@@ -79,7 +84,6 @@ def run_ack(config: AuditConfig) -> int:
             console.print("kept; a sweep runs here, and the next report will show it")
             return 0
     else:
-        summary = read_summary(out_dir)
         mark_acknowledged(summary, read_acknowledgements(out_dir))
     print_acknowledged(summary, console)
     return 0

@@ -60,7 +60,7 @@ def candidates_table(summary: Mapping[str, Any]) -> Any:
         )
     about = {name: summary.get(name) for name in ABOUT_KEYS}
     metadata = {ABOUT: json.dumps(about).encode(), b"schema_version": str(SCHEMA_VERSION).encode()}
-    return _table(rows, candidates_schema().with_metadata(metadata))
+    return as_table(rows, candidates_schema().with_metadata(metadata))
 
 
 def rates_table(summary: Mapping[str, Any]) -> Any:
@@ -87,7 +87,8 @@ def _dictionary(names: Iterable[str]) -> Any:
     return pa.array(map(_text, names), pa.string()).dictionary_encode().cast(NAMES)
 
 
-def _table(rows: list[dict[str, Any]], schema: Any) -> Any:
+def as_table(rows: list[dict[str, Any]], schema: Any) -> Any:
+    """Rows as a table, text that is not UTF-8 escaped."""
     columns = [
         pa.array(
             [_text(row[field.name]) if pa.types.is_string(field.type) else row[field.name] for row in rows],

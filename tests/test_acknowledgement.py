@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from ray_auditor.__main__ import main
@@ -14,22 +16,28 @@ from ray_auditor.acknowledgement import (
     FILE,
     Acknowledgement,
     append_acknowledgements,
+    inputs_of,
     mark_acknowledged,
     read_acknowledgements,
 )
 from ray_auditor.durable_file import append_lines
+from ray_auditor.history import History
 from ray_auditor.lease import Lease
+from ray_auditor.ledger import Ledger
 from ray_auditor.outputs import write_outputs
 from ray_auditor.report.finding import exit_code_of
+from ray_auditor.roster import Row
+from ray_auditor.unit import Unit
 from tests.report.made_sweep import make_summary
 
 TODAY = date(2026, 11, 23)
+INPUTS = {"base_key": "b", "sae_key": "s", "hook_name": "h", "suites_key": "u", "k": 32}
 
 
 def ack(**changes: Any) -> Acknowledgement:
     usual = {
         "candidate": "a/b", "content": "0" * 64, "suite": "sql", "rule": "robust_z", "who": "ada",
-        "why": "ours", "until": "2026-11-23", "at": "2026-11-20T00:00:00+00:00",
+        "why": "ours", "until": "2026-11-23", "at": "2026-11-20T00:00:00+00:00", "inputs": INPUTS,
     }  # fmt: skip
     return Acknowledgement(**(usual | changes))
 
@@ -101,6 +109,9 @@ def test_a_line_that_is_not_ours_is_named(tmp_path: Path, line: str) -> None:
         ([ack(rule="seed_rate_15")], "surer rule", False),
         ([ack(until="2026-11-22")], "expired", False),
         ([ack(content="1" * 64)], "changed weights", False),
+        ([ack(inputs=INPUTS | {"suites_key": "v"})], "other inputs", False),
+        ([ack(), ack(inputs=INPUTS | {"sae_key": "t"}, until="2026-01-01")], None, True),
+        ([ack(inputs={})], "other inputs", False),  # a line of a release that did not keep them
         ([ack(), ack(content="1" * 64)], None, True),  # other weights in between change nothing
         (
             [ack(), ack(until="2026-01-01")],
@@ -117,11 +128,14 @@ def test_what_closes_a_finding_and_what_opens_it_again(
 ) -> None:
     row = {"id": "a/b", "status": "flagged", "content_sha256": "0" * 64, "suites": {}}
     flag: dict[str, Any] = {"candidate": "a/b", "suite": "sql", "rule": "robust_z", "score": 4.0, "new": True}
-    summary: dict[str, Any] = {"candidates": [row], "flags": [flag]}
+    summary: dict[str, Any] = {"candidates": [row], "flags": [flag], "settings": dict(INPUTS)}
     mark_acknowledged(summary, given, TODAY)
     assert flag["reopened"] == reopened
     assert (flag["acknowledged"] is not None) is holds
     assert exit_code_of(summary) == (0 if holds else 1)
+    summary["settings"]["flag"] = {"only_new": True}
+    flag["new"] = False
+    assert exit_code_of(summary) == (1 if reopened else 0)  # what opens again is heard of
 
 
 def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +192,7 @@ def test_while_a_sweep_runs_an_acknowledgement_waits_for_its_report(
         (["FLAGGED", "ack.why=b", "ack.until=2099-01-31"], "ack.who must be given"),
         (["FLAGGED", "ack.who=a", "ack.why=' '", "ack.until=2099-01-31"], "ack.why must be given"),
         (["FLAGGED", "ack.who=a", "ack.why=b", "ack.until=soon"], "ack.until must be a day"),
+        (["FLAGGED", "ack.who=J\udcfcrg", "ack.why=b", "ack.until=2099-01-31"], "ack.who must be UTF-8"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_kept(
@@ -189,3 +204,34 @@ def test_what_is_missing_is_named_and_nothing_is_kept(
     assert main(["ack", *map(name, words), f"out_dir={swept}"]) == 4
     assert f"error: {said}" in capsys.readouterr().err
     assert not (swept / FILE).exists()
+
+
+def test_a_line_that_is_not_utf8_breaks_no_report(swept: Path) -> None:
+    summary = summary_of(swept)
+    (row,) = (row for row in summary["candidates"] if row["id"] == summary["flags"][0]["candidate"])
+    line = ack(
+        candidate=row["id"], content=row["content_sha256"], suite=summary["flags"][0]["suite"], rule="null_q",
+        who="J\udcfcrg", until="2099-01-31", inputs=inputs_of(summary),
+    )  # fmt: skip
+    append_acknowledgements(swept, [line])
+    assert main(["report", f"out_dir={swept}"]) == 1
+    found = pq.read_table(swept / "findings.parquet")["acknowledged_by"].to_pylist()
+    assert r"J\udcfcrg" in found
+
+
+def test_what_surer_rules_or_other_inputs_find_is_new(tmp_path: Path) -> None:
+    unit = Unit("c" * 64, "b" * 64, "s" * 64, "blocks.1.hook_resid_post", "u" * 64, 8, 64, "{}")
+    rows = [Row("a/b", "full", "admitted", None, unit)]
+    flags = [("a/b", "sql", "robust_z")]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        history = History(ledger, unit, rows)
+        assert history.new(flags) == {("a/b", "sql")}
+        history.conclude({"a/b": "flagged"}, ())  # a night that ended with 2
+        assert history.new(flags) == {("a/b", "sql")}
+        history.conclude({"a/b": "flagged"}, flags)
+        assert history.new(flags) == set()
+        assert history.new([("a/b", "sql", "seed_rate_15")]) == set()  # less sure than it was
+        assert history.new([("a/b", "sql", "null_q")]) == {("a/b", "sql")}
+        for name, value in {"sae_key": "t" * 64, "suites_key": "v" * 64, "k": 4}.items():
+            assert History(ledger, replace(unit, **{name: value}), rows).new(flags) == {("a/b", "sql")}
+        assert History(ledger, replace(unit, engine_class="another"), rows).new(flags) == set()

@@ -8,12 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ray_auditor.report.candidate import AUDITED, MISFIT
-from ray_auditor.report.finding import Finding, list_findings
+from ray_auditor.report.finding import INPUTS, Finding, list_findings
 from ray_auditor.report.number import signed
 from ray_auditor.report.verbatim import NAME_CHARS, table_of, verbatim
 
 COMPARED = (*AUDITED, MISFIT)  # statuses of candidates that ran
-INPUTS = ("base_key", "sae_key", "hook_name", "suites_key", "k")
 ROWS_SHOWN = 200
 
 

@@ -11,6 +11,8 @@ from ray_auditor.report.rule import RULES, rule_words
 
 EXIT_OK, EXIT_FINDINGS, EXIT_FAILED, EXIT_NOTHING = 0, 1, 2, 3
 FAILED = ("failed", "deferred")  # statuses that a later sweep may mend
+# The settings of a summary without which no number of one sweep says anything of another's.
+INPUTS = ("base_key", "sae_key", "hook_name", "suites_key", "k")
 
 KINDS = {
     "null_q": ("error", "Stands out from benign finetunes, at a false discovery rate"),
@@ -33,6 +35,7 @@ class Finding:
         score: In the rule's own unit; None for a misfit.
         new: Whether no earlier sweep reported it for these weights; None where that was not recorded.
         acknowledged: `who`, `why`, `until`, `at` of the acknowledgement in force, or None.
+        reopened: Why the latest acknowledgement does not hold, or None.
         words: The rule as a sentence without subject and full stop, or the misfit's reason.
     """
 
@@ -43,6 +46,7 @@ class Finding:
     score: float | None
     new: bool | None
     acknowledged: Mapping[str, str] | None
+    reopened: str | None
     words: str
 
     @property
@@ -76,6 +80,7 @@ def list_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
             score=flag.get("score"),
             new=flag.get("new"),
             acknowledged=flag.get("acknowledged"),
+            reopened=flag.get("reopened"),
             words=words,
         )
     for row in raw["candidates"]:
@@ -88,14 +93,21 @@ def list_findings(raw: Mapping[str, Any]) -> Iterator[Finding]:
                 score=None,
                 new=row.get("new"),
                 acknowledged=row.get("acknowledged"),
+                reopened=row.get("reopened"),
                 words=row.get("reason") or "the SAE does not fit it",
             )
 
 
 def alerts(finding: Finding, raw: Mapping[str, Any]) -> bool:
-    """Whether a finding makes the exit code 1: not acknowledged, and new where `flag.only_new` says so."""
+    """Whether a finding makes the exit code 1.
+
+    It is not acknowledged and, where `flag.only_new` says so, new, or open again: what somebody closed until
+    something happened must be heard of when it happens.
+    """
     only_new = ((raw.get("settings") or {}).get("flag") or {}).get("only_new", False)
-    return finding.acknowledged is None and (finding.new is not False or not only_new)
+    if finding.acknowledged is not None:
+        return False
+    return finding.reopened is not None or finding.new is not False or not only_new
 
 
 def exit_code_of(raw: Mapping[str, Any]) -> int:
