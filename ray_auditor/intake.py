@@ -148,10 +148,10 @@ class Arrivals:
     def _bytes_to_move(self, file: RemoteFile) -> int:
         return bytes_to_move(cache_root(self.config), file, self.range_share)
 
-    def _ask_to_move(self, file: RemoteFile) -> int:
-        expected = self._bytes_to_move(file)
-        self.meter.move(expected)
-        return expected
+    def _ask_to_move(self, file: RemoteFile, needed: int | None) -> int:
+        granted = self._bytes_to_move(file) if needed is None else needed
+        self.meter.move(granted)
+        return granted
 
     @property
     def num_bytes(self) -> int:

@@ -219,6 +219,7 @@ def test_candidates_come_in_through_a_cache_smaller_than_they_are(hub: HubServer
 
 def test_downloads_stop_at_the_budget_whatever_the_plan_expected(hub: HubServer, tmp_path: Path) -> None:
     hub.fault("model.safetensors", garble)  # the first one: moved in vain
+    hub.fault("org/m1/resolve/", answer(503))  # which moves nothing
     limits = Limits(num_bytes=3 * BYTES + 100, given={"max_download_bytes": 3 * BYTES + 100})
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         arrivals = make_arrivals(hub, tmp_path, ledger, Meter(limits, 1), num_parallel=1)

@@ -3,10 +3,10 @@
     python -m ray_auditor.hub.download
 
 One JSON object a line comes in: first what the process is, `{"token", "endpoint"}`, then jobs, `{"url" or
-"store" and "name", "path", "target", "num_bytes", "oid"}`, with "num_layers" when only what lies at or below
-a hook is wanted. Out go `{"alive": bytes}` while bytes arrive and
-one `{"outcome": ...}` a job. It tries once and waits for nothing: when to try again is the parent's to know,
-and a parent that hears nothing kills it.
+"store" and "name", "path", "target", "num_bytes", "oid", "granted"}`, with "num_layers" when only what lies
+at or below a hook is wanted. Out go `{"alive": bytes}` while bytes arrive and one
+`{"outcome", "num_moved", "num_requests"}` a job. It tries once and waits for nothing: when to try again is
+the parent's to know, and a parent that hears nothing kills it.
 """
 
 import fcntl
@@ -55,10 +55,17 @@ def run_job(job: Outcome, secret: Outcome) -> Outcome:
     """Fetch one file into `path`, verify it, and move it to `target`.
 
     Returns:
-        `outcome` is `done` with `headers`; `status` with `status` and `headers`; or, with `text`, `corrupt`
-        or `size` (the server has other bytes, or more or fewer), `stale`, `network`, `disk`, `busy`,
-        `offline`.
+        `outcome` is `done` with `headers`; `status` with `status` and `headers`; `more` with the `num_bytes`
+        that are missing and more than what was `granted`; or, with `text`, `corrupt` or `size` (the server
+        has other bytes, or more or fewer), `stale`, `no_ranges`, `network`, `disk`, `busy`, `offline`.
+        All have `num_moved` and `num_requests`.
     """
+    job |= {"num_moved": 0, "num_requests": 0}
+    outcome = _run_job(job, secret)
+    return outcome | {name: job[name] for name in ("num_moved", "num_requests")}
+
+
+def _run_job(job: Outcome, secret: Outcome) -> Outcome:
     descriptor = os.open(job["path"], os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,9 +90,9 @@ def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
         from ray_auditor.hub.ranges import RangedFile
 
         def read(start: int, stop: int) -> Iterator[bytes | Outcome]:
-            return _read_object(job, start, stop) if "store" in job else _read_http(job, secret, start, stop)
+            return _read(job, secret, start, stop)
 
-        return RangedFile(descriptor, num_bytes, read, _stay_alive).fetch(job["num_layers"])
+        return RangedFile(descriptor, num_bytes, read, _stay_alive, job["granted"]).fetch(job["num_layers"])
     digest = _digest(job["oid"], num_bytes)
     done = os.fstat(descriptor).st_size
     if done > num_bytes:
@@ -94,12 +101,13 @@ def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
         digest.update(os.pread(descriptor, min(CHUNK_BYTES, done - start), start))
         _stay_alive(start)
     if done < num_bytes or not num_bytes:
-        chunks = _read_object(job, done) if "store" in job else _read_http(job, secret, done)
-        for chunk in chunks:
+        for chunk in _read(job, secret, done):
             if isinstance(chunk, dict):
                 if chunk.get("outcome") != "restart":
                     return chunk
                 os.ftruncate(descriptor, done := 0)
+                if num_bytes > job["granted"]:
+                    return {"outcome": "more", "num_bytes": num_bytes}
                 digest = _digest(job["oid"], num_bytes)
                 continue
             if done + len(chunk) > num_bytes:
@@ -112,7 +120,7 @@ def _fetch(descriptor: int, job: Outcome, secret: Outcome) -> Outcome:
         return {"outcome": "network", "text": f"{done} of {num_bytes} bytes came"}
     if not job["oid"].startswith("etag-") and digest.hexdigest() != job["oid"]:
         return _discard(descriptor, "corrupt", "other bytes than the tree's hash says")
-    return {"outcome": "done", "num_moved": num_bytes}
+    return {"outcome": "done"}
 
 
 def _digest(oid: str, num_bytes: int) -> Any:
@@ -125,6 +133,16 @@ def _digest(oid: str, num_bytes: int) -> Any:
 def _discard(descriptor: int, outcome: str, text: str) -> Outcome:
     os.ftruncate(descriptor, 0)
     return {"outcome": outcome, "text": text}
+
+
+def _read(job: Outcome, secret: Outcome, start: int, stop: int | None = None) -> Iterator[bytes | Outcome]:
+    """The file's bytes from where it lies, counted as they come."""
+    job["num_requests"] += 1
+    chunks = _read_object(job, start, stop) if "store" in job else _read_http(job, secret, start, stop)
+    for chunk in chunks:
+        if isinstance(chunk, bytes):
+            job["num_moved"] += len(chunk)
+        yield chunk
 
 
 def _read_http(
@@ -187,6 +205,10 @@ def _read_range(job: Outcome, response: Any, start: int, stop: int) -> Iterator[
     found, wanted = response.headers.get("content-range"), f"bytes {start}-{stop - 1}/{job['num_bytes']}"
     if found != wanted:
         yield {"outcome": "network", "text": f"the server sent {str(found)[:80]!r} for {wanted!r}"}
+        return
+    is_large_file = len(job["oid"]) == 64  # its sha256; git's own files have no linked hash
+    if not commits or (is_large_file and not etags):
+        yield {"outcome": "no_ranges", "text": "the server does not name the commit and file of a range"}
         return
     yield from response.iter_raw()
 

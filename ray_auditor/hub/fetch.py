@@ -57,9 +57,9 @@ class Fetcher:
         stall_s: A child that brings no byte for so long is killed.
         max_attempts: How often a file is tried.
         backoff_s: Pause before the second attempt; it doubles from there.
-        ask_to_move: Asked before every attempt at a file; gives the bytes that it is expected to move, or
-            raises CandidateError to stop it.
-        settle: Told how many bytes more, or fewer, than expected a file took that was read in ranges.
+        ask_to_move: Asked before every attempt at a file, and again with what it needs when that is more;
+            gives the bytes that it may move, or raises CandidateError to stop it.
+        settle: Told how many bytes more, or fewer, an attempt moved; nothing where it ends without a word.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Fetcher:
         stall_s: float,
         max_attempts: int,
         backoff_s: float = 1.0,
-        ask_to_move: Callable[[RemoteFile], int] = lambda _: 0,
+        ask_to_move: Callable[[RemoteFile, int | None], int] = lambda file, _: file.num_bytes,
         settle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.cache = cache
@@ -128,18 +128,10 @@ class Fetcher:
         for attempt in range(self._max_attempts):
             if attempt:
                 self._wait(attempt)
-            expected = self._ask_to_move(file)
-            begun = time.monotonic()
-            outcome = self._run(job)
-            with self._lock:
-                self.seconds += time.monotonic() - begun
+            outcome = self._attempt(file, job)
             kind, said = outcome["outcome"], f"{file.name}: {outcome.get('text', '')}"
             if kind == "done":
                 self._limit.learn(outcome["headers"])
-                with self._lock:
-                    self.num_bytes += outcome["num_moved"]
-                if file.num_layers is not None:  # what ranges come to is known now
-                    self._settle(outcome["num_moved"] - expected)
                 return
             if kind == "corrupt":
                 num_corrupt += 1
@@ -160,6 +152,27 @@ class Fetcher:
                 said = f"{file.name}: HTTP {outcome['status']}"
         code = "stall" if said.endswith(_STALLED) else "unreachable"
         raise CandidateError("deferred", code, f"{said}, {self._max_attempts} attempts")
+
+    def _attempt(self, file: RemoteFile, job: Outcome) -> Outcome:
+        """Try once, and ask for more when what is missing turns out to be more than was granted."""
+        needed: int | None = None
+        while True:
+            granted = self._ask_to_move(file, needed)
+            begun = time.monotonic()
+            try:
+                outcome = self._run(job | {"granted": granted})
+            except CandidateError:  # nothing was asked for
+                self._settle(-granted)
+                raise
+            num_moved = outcome.get("num_moved")  # unknown when the child had to be killed: then all of it
+            self._settle(0 if num_moved is None else num_moved - granted)
+            with self._lock:
+                self.seconds += time.monotonic() - begun
+                self.num_bytes += num_moved or 0
+            self._limit.count("resolvers", outcome.get("num_requests", 1) - 1)
+            if outcome["outcome"] != "more" or outcome["num_bytes"] <= granted:
+                return outcome
+            needed = outcome["num_bytes"]
 
     def _judge(self, outcome: Outcome, attempt: int, pinned: Pinned) -> None:
         """Return when it is worth another attempt."""

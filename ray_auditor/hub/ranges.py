@@ -7,6 +7,7 @@ says how much has come; it moves only after what it counts is on the disk, for n
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray_auditor.hub.header import MAX_HEADER_BYTES, parse_header
 from ray_auditor.hub.weights import lies_below_hook
 
 HEAD_BYTES = 1 << 16  # the first request: most headers fit
+MAX_RANGES = 64  # requests for the tensors of one file
 MAX_GAP_BYTES = 1 << 20  # two ranges so near are one request: the gap costs less than a round trip
 SYNC_BYTES = 64 << 20  # at most so much comes again after a kill
 CURSOR_BYTES = 8
@@ -31,14 +33,16 @@ class RangedFile:
         num_bytes: Of the whole file.
         read: Yields the bytes from a start to a stop, or one outcome other than done.
         alive: Called with every chunk.
+        granted: Bytes that may be asked for.
     """
 
-    def __init__(self, descriptor: int, num_bytes: int, read: Read, alive: Callable[[int], None]) -> None:
+    def __init__(
+        self, descriptor: int, num_bytes: int, read: Read, alive: Callable[[int], None], granted: int
+    ) -> None:
         self._descriptor, self._num_bytes = descriptor, num_bytes
-        self._read, self._alive = read, alive
+        self._read, self._alive, self._granted = read, alive, granted
         self._passed = 0  # bytes of the ranges asked for so far
         self._cursor = 0  # of those, how many are on the disk
-        self.num_moved = 0
         if os.fstat(descriptor).st_size == num_bytes + CURSOR_BYTES:
             self._cursor = int.from_bytes(os.pread(descriptor, CURSOR_BYTES, num_bytes), "little")
         else:
@@ -46,18 +50,19 @@ class RangedFile:
             os.ftruncate(descriptor, num_bytes + CURSOR_BYTES)
 
     def fetch(self, num_layers: int) -> Outcome:
-        """Bring the header and every tensor at or below the hook; `done`, or what `read` said instead.
+        """Bring the header and every tensor at or below the hook.
 
+        `done`, or what `read` said instead, or `more`: `num_bytes` are missing, and fewer were granted.
         A header that cannot be read ends it too: admission finds the same one and says what is wrong with it.
         """
         head = min(HEAD_BYTES, self._num_bytes)
-        if (refusal := self._bring(0, head)) is not None:
+        if (refusal := self._bring([(0, head)])) is not None:
             return refusal
         num_header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         end = 8 + num_header_bytes
         if num_header_bytes > MAX_HEADER_BYTES or end > self._num_bytes:
             return self._finish()
-        if end > head and (refusal := self._bring(head, end)) is not None:
+        if end > head and (refusal := self._bring([(head, end)])) is not None:
             return refusal
         file = WeightFile(Path("a remote file"), self._num_bytes, 0, 0)
         try:
@@ -65,13 +70,21 @@ class RangedFile:
         except CandidateError:
             return self._finish()
         wanted = [(spec.start, spec.end) for name, spec in specs.items() if lies_below_hook(name, num_layers)]
-        for start, stop in join_ranges(wanted, after=max(head, end)):
-            if (refusal := self._bring(start, stop)) is not None:
-                return refusal
-        return self._finish()
+        return self._bring(join_ranges(wanted, after=max(head, end))) or self._finish()
 
-    def _bring(self, start: int, stop: int) -> Outcome | None:
-        """Read a range, or what is missing of it; None when all of it is there."""
+    def _bring(self, ranges: list[tuple[int, int]]) -> Outcome | None:
+        """Read what is missing of some ranges, unless more than was granted is; None when all is there."""
+        there = max(0, self._cursor - self._passed)
+        missing = max(0, sum(stop - start for start, stop in ranges) - there)
+        if missing > self._granted:
+            return {"outcome": "more", "num_bytes": missing}
+        self._granted -= missing
+        for start, stop in ranges:
+            if (refusal := self._bring_one(start, stop)) is not None:
+                return refusal
+        return None
+
+    def _bring_one(self, start: int, stop: int) -> Outcome | None:
         skipped = min(max(0, self._cursor - self._passed), stop - start)
         self._passed += skipped
         position, unsynced = start + skipped, 0
@@ -80,12 +93,13 @@ class RangedFile:
                 if isinstance(chunk, dict):
                     self._sync()
                     return chunk
-                kept = chunk[: stop - position]
-                os.pwrite(self._descriptor, kept, position)
-                position += len(kept)
-                self._passed += len(kept)
-                self.num_moved += len(kept)
-                unsynced += len(kept)
+                if position + len(chunk) > stop:
+                    os.ftruncate(self._descriptor, 0)
+                    return {"outcome": "size", "text": f"more than the {stop - start} bytes of a range came"}
+                os.pwrite(self._descriptor, chunk, position)
+                position += len(chunk)
+                self._passed += len(chunk)
+                unsynced += len(chunk)
                 self._alive(position)
                 if unsynced >= SYNC_BYTES:
                     self._sync()
@@ -102,17 +116,25 @@ class RangedFile:
 
     def _finish(self) -> Outcome:
         os.ftruncate(self._descriptor, self._num_bytes)
-        return {"outcome": "done", "num_moved": self.num_moved}
+        return {"outcome": "done"}
 
 
-def join_ranges(ranges: list[tuple[int, int]], *, after: int) -> list[tuple[int, int]]:
-    """Ranges in order, those nearer than MAX_GAP_BYTES joined, without what lies before `after`."""
+def join_ranges(
+    ranges: list[tuple[int, int]], *, after: int, max_gap: int = MAX_GAP_BYTES
+) -> list[tuple[int, int]]:
+    """Ranges in order, those nearer than `max_gap` joined, without what lies before `after`.
+
+    Where more than MAX_RANGES would be left, the smallest gaps between them are read as well.
+    """
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(
         (max(start, after), stop) for start, stop in ranges if stop > max(start, after)
     ):
-        if joined and start - joined[-1][1] <= MAX_GAP_BYTES:
+        if joined and start - joined[-1][1] <= max_gap:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:
             joined.append((start, stop))
-    return joined
+    if len(joined) <= MAX_RANGES:
+        return joined
+    gaps = sorted(right[0] - left[1] for left, right in pairwise(joined))
+    return join_ranges(joined, after=after, max_gap=gaps[len(joined) - MAX_RANGES - 1])

@@ -79,6 +79,14 @@ class RateLimit:
             # The jitter keeps those who wait from all coming back in the same instant.
             self._sleep(wait_s + random.uniform(0, min(1.0, 0.1 + wait_s / 10)))
 
+    def count(self, resource: str, num_requests: int) -> None:
+        """Requests that were made besides the one that was taken."""
+        with self._lock:
+            window = self._windows.setdefault(resource, _Window())
+            if window.remaining is not None:
+                window.remaining = max(0, window.remaining - num_requests)
+            self.num_taken[resource] += num_requests
+
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take note of `RateLimit` and `RateLimit-Policy` headers, for the resource that they name."""
         for said in _POLICY.finditer(headers.get("ratelimit-policy", "")):

@@ -226,14 +226,12 @@ class Handler(BaseHTTPRequestHandler):
         self.extra |= self.server.resolving
         self.extra["X-Repo-Commit"] = revision
         self.extra["ETag"] = f'"{git_oid(data)}"'
-        if file.endswith(".safetensors") and self.body is None and self.cut_at is self.stall_at is None:
-            port = self.server.cdn.server_address[1]
-            raise Answer(
-                302,
-                Location=f"http://localhost:{port}{path}?signature=x",
-                X_Linked_Size=str(len(data)),
-                X_Linked_Etag=f'"{hashlib.sha256(data).hexdigest()}"',
-            )
+        if file.endswith(".safetensors"):
+            self.extra["X-Linked-Size"] = str(len(data))
+            self.extra["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
+            if self.body is None and self.cut_at is self.stall_at is None:
+                port = self.server.cdn.server_address[1]
+                raise Answer(302, Location=f"http://localhost:{port}{path}?signature=x")
         self.send_range(self.body(data) if self.body is not None else data, path)
 
     def send_range(self, data: bytes, path: str) -> None:

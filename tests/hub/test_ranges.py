@@ -1,5 +1,6 @@
 """What an audit reads of full weights that lie elsewhere, and nothing more: bytes counted by the server."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 import psutil
 import pytest
-from hub_server import Handler, HubServer, answer, cut, serving
+from hub_server import Handler, HubServer, answer, cut, fine, serving
 from s3_server import S3Server
 
 from ray_auditor.budget import Limits, Meter
@@ -23,9 +24,9 @@ from ray_auditor.hub.endpoint import Endpoint
 from ray_auditor.hub.fetch import Fetcher, Origin
 from ray_auditor.hub.hub_query import HubQuery, pin
 from ray_auditor.hub.objects import ObjectPrefix, open_objects
-from ray_auditor.hub.ranges import HEAD_BYTES, MAX_GAP_BYTES, join_ranges
+from ray_auditor.hub.ranges import HEAD_BYTES, MAX_GAP_BYTES, MAX_RANGES, join_ranges
 from ray_auditor.hub.rate_limit import RateLimit
-from ray_auditor.hub.remote import Listed, Pinned, choose_files
+from ray_auditor.hub.remote import Listed, Pinned, RemoteFile, choose_files
 from ray_auditor.hub.source import Remote
 from ray_auditor.intake import UNVERIFIED, Arrivals, Recall
 from ray_auditor.ledger import Ledger
@@ -101,6 +102,7 @@ def test_no_more_than_the_layers_up_to_the_hook_comes_and_it_is_the_same_candida
     file_bytes = (models / "other" / MODEL).stat().st_size
     pinned = bench.pin().in_ranges(NUM_LAYERS)
     with bench.fetched(pinned) as folder:
+        num_requests = sum(not path.startswith(("cdn", "/api")) for path in bench.server.requests)
         found = admitted(folder, base)
         taken = 512 * (folder / MODEL).stat().st_blocks
     assert found.content_sha256 == whole.content_sha256
@@ -112,6 +114,7 @@ def test_no_more_than_the_layers_up_to_the_hook_comes_and_it_is_the_same_candida
     bench.server.requests.clear()
     with bench.fetched(pinned):
         assert bench.server.count(MODEL) == 0  # nothing twice
+    assert bench.limit.num_taken["resolvers"] == num_requests
 
 
 def test_a_part_never_passes_for_the_whole(bench: Bench, models: Path) -> None:
@@ -135,15 +138,10 @@ def test_what_came_before_the_connection_broke_does_not_come_again(
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
-    fine: Any = answer_as_usual
     bench.server.fault(MODEL, fine, cut(600_000), cut(300_000))
     with bench.fetched(bench.pin().in_ranges(NUM_LAYERS)) as folder:
         assert admitted(folder, base).content_sha256 == admitted(models / "other", base).content_sha256
     assert bench.num_sent <= undisturbed + 2 * 65536  # what lay in buffers when it broke
-
-
-def answer_as_usual(handler: Handler) -> None:
-    """No fault."""
 
 
 def without_ranges(handler: Handler) -> None:
@@ -181,6 +179,81 @@ def test_a_server_that_names_another_file_is_not_believed(bench: Bench, models: 
     files[MODEL] = bytes(other)  # under the same commit, after it was pinned
     with pytest.raises(CandidateError, match=r"deferred:stale_commit: .*another file"), bench.fetched(pinned):
         pass
+
+
+def test_a_server_that_names_nothing_is_not_believed(bench: Bench, models: Path) -> None:
+    changed = bytearray((models / "other" / MODEL).read_bytes())
+    changed[-1] ^= 1  # between the first range and the next
+
+    def unnamed(handler: Handler) -> None:
+        handler.send_range(bytes(changed), handler.path)
+
+    bench.server.fault(MODEL, fine, *[unnamed] * 9)
+    with (
+        pytest.raises(CandidateError, match=r"deferred:no_ranges: .*does not name the commit"),
+        bench.fetched(bench.pin().in_ranges(NUM_LAYERS)),
+    ):
+        pass
+
+
+def test_an_answer_without_end_is_cut_off(bench: Bench, models: Path) -> None:
+    size = (models / "other" / MODEL).stat().st_size
+    sent = 0
+
+    def endless(handler: Handler) -> None:
+        nonlocal sent
+        data = bench.server.repos["org/m"].commits[0][1][MODEL]
+        handler.send_response(206)
+        handler.send_header("X-Repo-Commit", bench.server.repos["org/m"].commits[0][0])
+        handler.send_header("X-Linked-Etag", hashlib.sha256(data).hexdigest())
+        handler.send_header("Content-Range", f"bytes 0-{HEAD_BYTES - 1}/{size}")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        while sent < 256 << 20:
+            handler.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+            sent += 0x10000
+
+    settled: list[int] = []
+    bench.server.fault(MODEL, endless)
+    with (
+        pytest.raises(CandidateError, match=r"rejected:size_mismatch: .*more than the 65536 bytes"),
+        bench.fetched(bench.pin().in_ranges(NUM_LAYERS), settle=settled.append),
+    ):
+        pass
+    assert sent < 32 << 20  # what the sockets buffer
+    assert HEAD_BYTES < settled[-1] + size < 1 << 20  # what came was counted
+
+
+def test_no_range_is_asked_for_that_was_not_granted(bench: Bench, base: BaseModel) -> None:
+    """The base's share is too low a guess: what the header says is granted before it moves."""
+    used = 0
+
+    def grant(most: int) -> Any:
+        def ask(file: RemoteFile, needed: int | None) -> int:
+            nonlocal used
+            asked = HEAD_BYTES if needed is None and file.num_layers else needed or file.num_bytes
+            if used + asked > most:
+                raise CandidateError("deferred", "max_download_bytes", "no more")
+            used += asked
+            return asked
+
+        return ask
+
+    def settle(num_bytes: int) -> None:
+        nonlocal used
+        used += num_bytes
+
+    pinned = bench.pin().in_ranges(NUM_LAYERS)
+    with (
+        pytest.raises(CandidateError, match="max_download_bytes"),
+        bench.fetched(pinned, ask_to_move=grant(300_000), settle=settle),
+    ):
+        pass
+    assert bench.num_sent == HEAD_BYTES
+    bench.server.fault(MODEL, answer(503), answer(503))  # which move nothing
+    with bench.fetched(pinned, ask_to_move=grant(5 * 10**6), settle=settle) as folder:
+        admitted(folder, base)
+    assert used == sum(bench.server.bytes_sent.values())
 
 
 def test_a_header_that_admission_refuses_is_refused_by_admission(
@@ -256,6 +329,14 @@ def test_ranges_are_joined_when_a_request_would_cost_more_than_the_gap() -> None
     assert join_ranges([(far, far + 5), (10, 20), (20, 30), (40, 50)], after=0) == [(10, 50), (far, far + 5)]
     assert join_ranges([(10, 20), (0, 5), (30, 30)], after=15) == [(15, 20)]
     assert join_ranges([(10, 20)], after=20) == []
+    many = [(far * i + (i == 7), far * i + 9) for i in range(1000)]  # one gap is a byte wider
+    joined = join_ranges(many, after=0)
+    assert len(joined) <= MAX_RANGES
+    assert (joined[0][0], joined[-1][1]) == (0, many[-1][1])
+    scattered = [(far * i * i, far * i * i + 9) for i in range(1000)]
+    joined = join_ranges(scattered, after=0)
+    assert len(joined) == MAX_RANGES
+    assert joined[1:] == scattered[1001 - MAX_RANGES :]  # the nearest were joined
 
 
 def test_of_a_local_file_only_the_ranges_are_read(models: Path, base: BaseModel) -> None:
