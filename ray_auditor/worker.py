@@ -76,6 +76,10 @@ class Assignment:
         return sum(source.num_bytes for source in sources)
 
 
+class EngineInDoubt(RuntimeError):
+    """An earlier unit failed on this engine, so nothing more was computed on it."""
+
+
 class Worker:
     """Owns one live engine. After any exception its state is unknown and the driver discards the actor."""
 
@@ -97,6 +101,7 @@ class Worker:
         self._store = Store(spec.store_path)
         self._layout = Layout(spec.suites)
         self._staging = Lock()
+        self._is_in_doubt = False
         # vLLM and OpenMP keep settings by thread: all that computes runs in one.
         self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (spec.num_threads,))
         self._name = f"{socket.gethostname()}-{os.getpid()}"
@@ -122,15 +127,26 @@ class Worker:
             CandidateError: The candidate's files are not what was admitted, or its activations overflow.
             RuntimeError: The base's activations overflow.
             SwapError: The engine does not hold the candidate, or no longer does.
+            EngineInDoubt: Another unit failed first; this one was not begun.
         """
         with self._staging:
             self._engine.read_ahead(assignment.candidate)
-        rows, record, residuals = self._device.submit(self._compute, assignment).result()
+        rows, record, residuals = self._device.submit(self._compute_if_sound, assignment).result()
         begun = time.perf_counter()
         self._store.commit(assignment.unit, rows, record, residuals)
         seconds = record["seconds"] | {"write": time.perf_counter() - begun}
         seconds |= {"wait": record["wait_s"], "start": record["start_s"] or 0.0}
         return Ran(self._name, record["num_tokens_run"], assignment.num_weight_bytes, seconds)
+
+    def _compute_if_sound(self, assignment: Assignment) -> Any:
+        """`_compute`, unless an earlier unit failed: it may have left NaNs in the KV cache or half a swap."""
+        if self._is_in_doubt:
+            raise EngineInDoubt(f"{assignment.name} was not begun")
+        try:
+            return self._compute(assignment)
+        except BaseException:
+            self._is_in_doubt = True
+            raise
 
     def _compute(self, assignment: Assignment) -> tuple[TokenRows, dict[str, Any], NDArray[np.uint8] | None]:
         """The unit's rows, the note kept beside them, and the residuals if it is the base."""

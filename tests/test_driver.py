@@ -19,6 +19,7 @@ from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
 from ray_auditor.work import Ran, Work
+from ray_auditor.worker import EngineInDoubt
 
 
 class Unruly:
@@ -43,6 +44,8 @@ class Unruly:
             time.sleep(600)
         if kind == "unproven" or (kind == "unprovenonce" and attempts == 1):
             raise SwapError("model.norm on the device has checksum 1, the checkpoint 2")
+        if kind == "doubtonce" and attempts == 1:
+            raise EngineInDoubt
         if kind == "meet":
             deadline = time.monotonic() + 20
             while not {"meet-1", "meet-2"} <= set(Path(self.log).read_text().split()):
@@ -122,6 +125,12 @@ def test_those_who_share_a_worker_with_one_that_fails_do_not_fail_with_it(run: A
     fine = [task(f"fine-{number}", 5) for number in range(6)]
     failures, _ = run([one for pair in zip(bad, fine, strict=True) for one in pair])
     assert failures.keys() == {one.name for one in bad}
+
+
+def test_a_unit_that_was_not_begun_on_a_spoilt_engine_is_run_again_and_not_blamed(run: Any) -> None:
+    failures, log = run([task("doubtonce-1"), task("fine-1")], max_attempts=1)
+    assert failures == {}
+    assert log.count("doubtonce-1") == 2
 
 
 def test_a_worker_has_two_in_flight_and_a_second_attempt_has_it_alone(run: Any, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The worker between engine and store: which positions count, what it refuses."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +19,7 @@ from ray_auditor.engine_class import engine_class
 from ray_auditor.hub import Candidate, CandidateError, admit, open_base
 from ray_auditor.store import Store, Unit
 from ray_auditor.suites import Prompt, Suite, Suites
-from ray_auditor.worker import Assignment, Worker, WorkerSpec
+from ray_auditor.worker import Assignment, EngineInDoubt, Worker, WorkerSpec
 from tests.tiny import make_adapter, make_finetune, make_model, make_sae
 
 
@@ -129,7 +132,32 @@ def test_a_swap_with_a_fault_commits_nothing(
         patch.setattr(live, "put_adapter", broken_put)
         with pytest.raises(SwapError):
             rig.worker.audit(task)
+    rig.worker._is_in_doubt = False  # what the fault left is written anew
     assert not rig.store.has(task.unit.key)
+
+
+def test_what_waits_behind_a_unit_that_fails_is_not_begun(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the engine's cache nor the sums of residuals are what they were."""
+    bad, good = rig.task("full"), rig.task("adapter")
+    begun, compute = Event(), rig.worker._compute
+
+    def overflow(assignment: Assignment) -> Any:
+        if assignment is good:
+            return compute(assignment)
+        begun.set()
+        time.sleep(1.0)  # meanwhile the other is queued behind
+        raise CandidateError("rejected", "nonfinite_activations", "1 value")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(rig.worker, "_compute", overflow)
+        first = pool.submit(rig.worker.audit, bad)
+        begun.wait(20)
+        second = pool.submit(rig.worker.audit, good)
+        assert isinstance(first.exception(), CandidateError)
+        assert isinstance(second.exception(), EngineInDoubt)
+    assert not rig.store.has(bad.unit.key)
+    assert not rig.store.has(good.unit.key)
+    rig.worker._is_in_doubt = False
 
 
 @pytest.mark.parametrize("name", ["full", "merged", "adapter"])

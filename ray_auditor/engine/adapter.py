@@ -60,6 +60,8 @@ def put_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensors)
         if slot is None:
             raise SwapError(f"{module} is adapted and has no place in the model")
         layer = model.get_submodule(slot.parameter.rpartition(".")[0])
+        if not getattr(getattr(layer, "quant_method", None), "adds_slices", False):
+            raise SwapError(f"{module} is adapted and is no linear layer of ours")
         if (slot.num_rows, places.rows(f"{module}.weight").shape[1]) != (len(lora_B), lora_A.shape[1]):
             raise SwapError(f"{module} is adapted as {tuple(lora_B.shape)} x {tuple(lora_A.shape)}")
         part = AdapterSlice(module, slot.start, lora_A.to(places.device), lora_B.to(places.device))
@@ -73,20 +75,24 @@ def drop_adapter(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def prove_adapter(model: nn.Module, tensors: AdapterTensors) -> None:
-    """Hold what every layer adds to the adapter, value for value: all of it, and nothing else.
+def prove_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensors) -> None:
+    """Hold what every layer adds to the adapter, value for value: all of it, once, where it belongs.
 
     Raises:
-        SwapError: A slice on the device differs, is missing, or is of no module of the adapter.
+        SwapError: A slice on the device differs, is missing, is elsewhere, or is of no module of the adapter.
     """
-    found = {part.module: part for layer in model.modules() for part in slices_of(layer)}
-    if found.keys() != tensors.keys():
-        raise SwapError(f"the live adapter differs in {min(found.keys() ^ tensors.keys())}")
+    found = [(name, part) for name, layer in model.named_modules() for part in slices_of(layer)]
+    slots = [(module, places.slots[f"{module}.weight"]) for module in tensors]
+    wanted = sorted((slot.parameter.rpartition(".")[0], module, slot.start) for module, slot in slots)
+    live = sorted((name, part.module, part.start) for name, part in found)
+    if live != wanted:
+        odd = set(live) ^ set(wanted) or {one for one in live if live.count(one) > 1}
+        raise SwapError(f"the live adapter differs in {min(odd)}")
     same = [
         (live == tensor.to(live.device)).all()
-        for module, part in found.items()
-        for live, tensor in zip((part.lora_A, part.lora_B), tensors[module], strict=True)
+        for _, part in found
+        for live, tensor in zip((part.lora_A, part.lora_B), tensors[part.module], strict=True)
     ]
     for at, in_place in enumerate(torch.stack(same).tolist() if same else []):  # the host waits once
         if not in_place:
-            raise SwapError(f"{list(found)[at // 2]}: the adapter on the device is not the candidate's")
+            raise SwapError(f"{found[at // 2][1].module}: the adapter on the device is not the candidate's")

@@ -118,6 +118,7 @@ class Engine:
         self._pool = cast(FeaturePool, model.pooler.pooling)  # type: ignore[union-attr]
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
         self._staging = Staging(self._map, config.read_ahead_bytes)
+        self._beside = None if self.computes_on_host else torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._loaded = base.content_sha256
         # vLLM's own loader wrote the base: where its tensors lie now is where candidates are written.
         base_tensors = iter_tensors(base.tensors, self._names)
@@ -189,7 +190,7 @@ class Engine:
 
     def beside_the_run(self) -> AbstractContextManager[None]:
         """A stream of its own for what another thread computes on the device meanwhile."""
-        return torch.cuda.stream(torch.cuda.Stream(self._map.device))  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._beside)
 
     @property
     def computes_on_host(self) -> bool:
@@ -240,10 +241,10 @@ class Engine:
             recording = Schedule(turns)
             self._pool.open_table(num_tokens, watch, recording)
             self._run(turns)
-            self._schedule = recording
+            self._schedule = recording if recording.is_whole else None
         table = self._pool.close_table().numpy()
         self.encode_s = self._pool.clock.take()  # of this call: encoding and comparing; the rest is the model
-        prove_adapter(self._model, self._adapter)
+        prove_adapter(self._model, self._map, self._adapter)
         k = self._k
         return Features(
             table[:, :k],

@@ -67,6 +67,8 @@ class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
     picked token by token, from slots of one rank for all; here every row is under the same one or none.
     """
 
+    adds_slices = True
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Leave the parameter as it was loaded."""
 

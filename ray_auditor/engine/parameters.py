@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Checksum = tuple[int, int]
 
 CHUNK_WORDS = 1 << 18  # what stays in a core's cache while both sums read it
+FOLD = 33  # a word's upper half is added to its lower: two changes of the highest bit would else cancel
 WORDS = (torch.int64, torch.int32, torch.int16)  # the wider, the fewer additions
 ROW_WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd and spread over 64 bits, so rows never weigh like columns
 
@@ -33,9 +34,11 @@ class Slot:
 def checksums(tensors: Sequence[Tensor]) -> list[Checksum]:
     """Sum and position-weighted sum, modulo 2^64, of each tensor's bit patterns.
 
-    Any single changed value changes the first; exchanged values or rows change the second. The sums are
-    taken where the tensors lie and leave a device all together, so the host waits once. Not a defence
-    against a chosen collision: the bytes themselves are held to a SHA-256 when they are admitted.
+    Any single changed value changes the first; exchanged values or rows change the second. What keeps every
+    row's and every column's sum is not seen (+1, -2, +1 on neighbours, a rectangle's corners exchanged): no
+    fault of a copy does that. The sums are taken where the tensors lie and leave a device all together, so
+    the host waits once. Not a defence against a chosen collision: the bytes themselves are held to a SHA-256
+    when they are admitted.
 
     Args:
         tensors: Dtypes of 2 or 4 bytes, any shape, all on one device.
@@ -53,13 +56,17 @@ def checksums(tensors: Sequence[Tensor]) -> list[Checksum]:
 
 def _words(tensor: Tensor) -> Tensor:
     rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
-    num_bytes = rows.shape[1] * rows.element_size()
-    return rows.view(next(kind for kind in WORDS if num_bytes % kind.itemsize == 0))
+    kind = next(kind for kind in WORDS if rows.shape[1] * rows.element_size() % kind.itemsize == 0)
+    if rows.storage_offset() * rows.element_size() % kind.itemsize:
+        rows = rows.clone()
+    return rows.view(kind)
 
 
 def device_sums(words_RC: Tensor, column_weight: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: integer sums in torch, asynchronous on a device."""
-    columns_C, rows_R = words_RC.sum(0, dtype=torch.int64), words_RC.sum(1, dtype=torch.int64)
+    words_RC = words_RC.long()
+    words_RC = words_RC + (words_RC >> FOLD)
+    columns_C, rows_R = words_RC.sum(0), words_RC.sum(1)
     weighted = (columns_C * column_weight[: len(columns_C)]).sum() + (
         rows_R * row_weight[: len(rows_R)]
     ).sum()
@@ -73,6 +80,7 @@ def _sums_on_host(words_RC: NDArray[np.signedinteger]) -> Checksum:
     step = max(1, CHUNK_WORDS // max(num_columns, 1))
     for start in range(0, num_rows, step):
         chunk = words_RC[start : start + step].astype(np.int64, copy=False)
+        chunk = chunk + (chunk >> FOLD)
         columns_C += chunk.sum(0)
         rows_R[start : start + step] = chunk.sum(1)
     weighted_C = columns_C * np.arange(1, num_columns + 1)

@@ -70,12 +70,13 @@ class Staging:
             key: What `swap` will ask for.
             specs: As `Admitted.tensors` has them.
         """
-        coming = {self._kept.key if self._kept else None, self._ahead[0] if self._ahead else None}
-        if not self._num_copies or key in coming:
+        is_kept = self._kept is not None and self._kept.key == key
+        if not self._num_copies or is_kept or self._ahead is not None:  # another that waits was read first
             return
-        self._drop()
         if not self._copy:
             self._copy = {name: torch.empty_like(self._places.rows(name)) for name in self._places.slots}
+            if self._stream is not None:  # the memory may have been that of kernels still under way
+                self._stream.wait_stream(torch.cuda.current_stream())
         self._ahead = key, self._read(specs, self._copy)
 
     def swap(self, key: str, specs: Mapping[str, TensorSource]) -> dict[str, Checksum]:

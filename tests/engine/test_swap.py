@@ -166,6 +166,27 @@ def test_the_host_sums_as_the_device_does(shape: tuple[int, ...], dtype: torch.d
     assert tuple(int(s) for s in on_device) == checksum(tensor)
 
 
+def test_changes_of_the_highest_bits_do_not_cancel() -> None:
+    """Of words of 8 bytes: two of 2^63 are none, and so is one of 2^56 in a place 256 further."""
+    for dtype, step in ((torch.float32, 2), (torch.bfloat16, 4)):
+        tensor = torch.randn(64, 128).to(dtype)
+        flipped, two = tensor.clone(), tensor.clone()
+        flipped[:, step - 1 :: step].neg_()
+        two[5, 7] *= -1
+        two[9, 11] *= -1
+        assert len({checksum(tensor), checksum(flipped), checksum(two)}) == 3
+    norm = torch.randn(2048).bfloat16()
+    norm[3], norm[1027] = 4.0, 1.0
+    exchanged = norm.clone()
+    exchanged[3], exchanged[1027] = 1.0, 4.0
+    assert checksum(norm) != checksum(exchanged)
+
+
+def test_a_slice_that_begins_between_two_words_sums_like_a_copy_of_it() -> None:
+    fused = torch.randn(22).bfloat16()
+    assert checksum(fused[6:18]) == checksum(fused[6:18].clone())
+
+
 def test_the_checksum_sees_rows_and_halves_that_changed_places() -> None:
     tensor = torch.randn(500, 500)
     found = {checksum(t.contiguous()) for t in (tensor, tensor.T, tensor.flip(0), tensor.roll(250, 1))}
@@ -255,6 +276,8 @@ def test_an_adapter_that_is_not_in_its_place_gives_no_result(
         "twice too large": lambda parts: [replace(parts[0], lora_B=parts[0].lora_B * 2), *parts[1:]],
         "one missing": lambda parts: parts[1:],
         "of another module": lambda parts: [replace(parts[0], module="lm_head"), *parts[1:]],
+        "twice": lambda parts: [*parts, parts[0]],
+        "in another's columns": lambda parts: [replace(parts[1], start=parts[0].start), *parts[::2]],
     }
     for fault in faults.values():
 
