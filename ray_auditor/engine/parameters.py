@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 Checksum = tuple[int, int]
 
-CHUNK_WORDS = 1 << 18  # what stays in a core's cache while both sums read it
+CHUNK_WORDS = 1 << 16  # what stays in a core's cache while both sums read it
 FOLD = 33  # a word's upper half is added to its lower: two changes of the highest bit would else cancel
 WORDS = (torch.int64, torch.int32, torch.int16)  # the wider, the fewer additions
 ROW_WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd and spread over 64 bits, so rows never weigh like columns
