@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from ray_auditor.__main__ import config_dir, to_overrides
 from ray_auditor.config import AuditConfig, Verb, register_schemas
+from ray_auditor.report.finding import EXIT_FAILED
 
 DEPLOY = Path(__file__).resolve().parent.parent / "docs" / "deploy"
 KUBERNETES = "1.35.0"
@@ -163,6 +164,17 @@ def test_the_units_hold_before_systemd(tmp_path: Path) -> None:
     done = subprocess.run([analyze, "verify", *units], capture_output=True, text=True, check=False)
     ours = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "ray-auditor" in line]
     assert not ours, done.stderr
+
+
+def test_no_scheduler_starts_a_night_again_that_used_its_budget_up() -> None:
+    prevented = {key: value for _, key, value in unit("ray-auditor.service")}["RestartPreventExitStatus"]
+    job = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]
+    (failed,) = [rule for rule in job["podFailurePolicy"]["rules"] if rule["action"] == "FailJob"]
+    assert {str(EXIT_FAILED), "1", "3", "4"} == set(prevented.split())
+    assert set(map(int, prevented.split())) == set(failed["onExitCodes"]["values"])
+    for name in ("rayjob", "raycronjob"):
+        spec = manifest(f"{name}.yaml")["spec"]
+        assert spec.get("jobTemplate", spec)["backoffLimit"] == 0
 
 
 def test_scripts_parse(tmp_path: Path) -> None:
