@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +19,30 @@ from typing import Any, Self
 
 BEAT_S = 10.0
 STALE_S = 120.0
+WAIT_S = 10.0  # for a holder that only writes a report again
 SETTLE_S = 2.0  # for another machine's takeover of the same stale claim to show
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LeaseHeld(Exception):
-    """Another sweep has the folder; the text says which."""
+    """Somebody else has the folder; the text says who.
+
+    Args:
+        text: Who, and what to do.
+        brief: Whether they only write a report again, or have not said yet what they do.
+    """
+
+    def __init__(self, text: str, *, brief: bool = False) -> None:
+        super().__init__(text)
+        self.brief = brief
 
 
 class Lease:
-    """The right to sweep into a folder, for the time of a `with` block.
+    """The right to write into a folder, for the time of a `with` block.
 
     Args:
         folder: The output folder; made if it is not there.
+        brief: Whether it is held for a moment only, so that others wait for it, WAIT_S at most.
         beat_s: Seconds between two signs of life.
         stale_s: Seconds without one after which another machine may take over.
 
@@ -39,7 +51,9 @@ class Lease:
         ValueError: On entering, when the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, stale_s: float = STALE_S) -> None:
+    def __init__(
+        self, folder: Path, *, brief: bool = False, beat_s: float = BEAT_S, stale_s: float = STALE_S
+    ) -> None:
         self._path = folder / ".lease"
         self._beat_s, self._stale_s = beat_s, stale_s
         self._claim = {
@@ -47,6 +61,7 @@ class Lease:
             "pid": os.getpid(),
             "boot_id": _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
             "nonce": uuid.uuid4().hex,
+            "brief": brief,
         }
         self._descriptor = -1
         self._ended = threading.Event()
@@ -57,10 +72,11 @@ class Lease:
             self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as error:
             raise ValueError(
-                f"out_dir must be a folder that can be written, got {self._path.parent}: {error}"
+                f"out_dir must be a folder that can be written, got {self._path.parent}: {error}; "
+                "give another one, or a copy of it"
             ) from error
         try:
-            self._take()
+            self._wait_and_take()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -85,23 +101,28 @@ class Lease:
         if (holder := self._read()).get("nonce") != self._claim["nonce"]:
             raise LeaseHeld(f"{self._path.parent} was taken over by {_describe(holder)}")
 
+    def _wait_and_take(self) -> None:
+        end = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return self._take()
+            except LeaseHeld as held:
+                if not held.brief or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
+
     def _take(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LeaseHeld(
-                f"{self._path.parent} is being swept by {_describe(self._read())}; wait for it, or stop it"
-            ) from None
+            raise self._held(self._read()) from None
         holder = self._read()
         # Under the same kernel the lock would have told; a name alone says nothing, for pods share theirs.
         elsewhere = bool(holder) and holder.get("boot_id") != self._claim["boot_id"]
         if elsewhere:
             age_s = self._now() - os.fstat(self._descriptor).st_mtime
             if age_s < self._stale_s:
-                raise LeaseHeld(
-                    f"{self._path.parent} is being swept by {_describe(holder)}, which gave a sign of life "
-                    f"{max(0.0, age_s):.0f} s ago; wait for it, or stop it"
-                )
+                raise self._held(holder, f", which gave a sign of life {max(0.0, age_s):.0f} s ago")
         data = json.dumps(self._claim).encode()
         os.pwrite(self._descriptor, data, 0)
         os.ftruncate(self._descriptor, len(data))
@@ -109,6 +130,14 @@ class Lease:
         if elsewhere:
             self._ended.wait(SETTLE_S)
             self.check()
+
+    def _held(self, holder: dict[str, Any], more: str = "") -> LeaseHeld:
+        brief = not holder or holder.get("brief") is True
+        doing = "written" if brief else "swept"
+        return LeaseHeld(
+            f"{self._path.parent} is being {doing} by {_describe(holder)}{more}; wait for it, or stop it",
+            brief=brief,
+        )
 
     def _read(self) -> dict[str, Any]:
         """The claim on file; empty when there is none, or none that can be read."""

@@ -1,7 +1,11 @@
 """The verbs that read a finished `out_dir` again, without a GPU, torch or Ray."""
 
+import errno
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from ray_auditor.reading_config import Format
 from ray_auditor.report.candidate import MISFIT
 from ray_auditor.report.comparison import compare, print_comparison
 from ray_auditor.report.dossier import print_candidate
-from ray_auditor.report.finding import exit_code_of, list_findings
+from ray_auditor.report.finding import EXIT_FAILED, exit_code_of, list_findings
 from ray_auditor.report.terminal import print_acknowledged, print_summary
 from ray_auditor.showing import print_feature, print_prompt
 
@@ -33,13 +37,18 @@ def write_report(config: AuditConfig) -> int:
     """Print the summary of `out_dir` and write every output again, with what is acknowledged by now.
 
     Returns:
-        The exit code that the sweep would give.
+        The exit code that the sweep would give; 2 while one runs here, which writes its own.
 
     Raises:
-        ValueError: There is no summary.
+        ValueError: There is no summary, or `out_dir` cannot be written.
     """
     out_dir = Path(config.out_dir)
-    summary = _write_again(out_dir)
+    read_summary(out_dir)  # before a lease makes a folder that is not there
+    try:
+        summary = _write_again(out_dir)
+    except LeaseHeld as held:
+        sys.stderr.write(f"error: {held}; nothing was written\n")
+        return EXIT_FAILED
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
@@ -53,7 +62,8 @@ def run_ack(config: AuditConfig) -> int:
         0.
 
     Raises:
-        ValueError: There is no summary, or no such finding, or a setting is missing.
+        ValueError: There is no summary, or no such finding, or a setting is missing, or `out_dir` cannot be
+            written.
     """
     out_dir, given = Path(config.out_dir), config.ack
     summary = read_summary(out_dir)
@@ -70,18 +80,20 @@ def run_ack(config: AuditConfig) -> int:
             bound = "a candidate with a finding" if not suites else f"one of {suites}"
             name, value = ("candidate", given.candidate) if not suites else ("suite", given.suite)
             raise ValueError(f"ack.{name} must be {bound}, got {value!r}; say ray-auditor ack out_dir=DIR")
-        append_acknowledgements(
-            out_dir,
-            [
-                acknowledge(one, inputs_of(summary), who=given.who, why=given.why, until=given.until)
-                for one in found
-            ],
-        )
+        kept = [
+            acknowledge(one, inputs_of(summary), who=given.who, why=given.why, until=given.until)
+            for one in found
+        ]
+        with _writing(out_dir):
+            append_acknowledgements(out_dir, kept)
         try:
-            with Lease(out_dir):
-                summary = _write_again(out_dir)
-        except LeaseHeld:
-            console.print("kept; a sweep runs here, and the next report will show it")
+            summary = _write_again(out_dir)
+        except LeaseHeld as held:
+            console.print(
+                "kept; another process writes here: run ray-auditor report to see it"
+                if held.brief
+                else "kept; a sweep runs here, and the next report will show it"
+            )
             return 0
     else:
         mark_acknowledged(summary, read_acknowledgements(out_dir))
@@ -112,10 +124,24 @@ def run_diff(config: AuditConfig) -> int:
 
 
 def _write_again(out_dir: Path) -> dict[str, Any]:
-    summary = read_summary(out_dir)
-    mark_acknowledged(summary, read_acknowledgements(out_dir))
-    summary["exit_code"] = exit_code_of(summary)
-    return write_outputs(summary, out_dir)
+    with _writing(out_dir), Lease(out_dir, brief=True):
+        summary = read_summary(out_dir)
+        mark_acknowledged(summary, read_acknowledgements(out_dir))
+        summary["exit_code"] = exit_code_of(summary)
+        return write_outputs(summary, out_dir)
+
+
+@contextmanager
+def _writing(out_dir: Path) -> Iterator[None]:
+    """A folder that may not be written, as a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ValueError(
+            f"out_dir must be a folder that can be written, got {out_dir}: {error}; give a copy of it"
+        ) from error
 
 
 def show_candidate(config: AuditConfig) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ray_auditor.acknowledgement import read_acknowledgements
 from ray_auditor.cluster import cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
@@ -48,6 +49,7 @@ def run_sweep(config: AuditConfig) -> int:
 
 
 def _sweep(config: AuditConfig, lease: Lease) -> int:
+    read_acknowledgements(Path(config.out_dir))  # a damaged line is named before anything runs
     plan = plan_sweep(config)
     check_gate(plan)
     refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}

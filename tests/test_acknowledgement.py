@@ -2,6 +2,11 @@
 
 import json
 import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -11,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from ray_auditor import lease
 from ray_auditor.__main__ import main
 from ray_auditor.acknowledgement import (
     FILE,
@@ -235,3 +241,71 @@ def test_what_surer_rules_or_other_inputs_find_is_new(tmp_path: Path) -> None:
         for name, value in {"sae_key": "t" * 64, "suites_key": "v" * 64, "k": 4}.items():
             assert History(ledger, replace(unit, **{name: value}), rows).new(flags) == {("a/b", "sql")}
         assert History(ledger, replace(unit, engine_class="another"), rows).new(flags) == set()
+
+
+SAID = ("ack.who=a", "ack.why=b", "ack.until=2099-01-31")
+
+
+def test_a_damaged_line_is_named_before_a_sweep_looks_at_its_inputs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    append_lines(tmp_path / FILE, b"{}\n")
+    inputs = [f"{name}={tmp_path}" for name in ("candidates.path", "base.model", "sae.path", "suites.path")]
+    assert main(["sweep", *inputs, f"out_dir={tmp_path}"]) == 4
+    assert f"{FILE}:1 must be an acknowledgement of ours" in capfd.readouterr().err
+
+
+def test_a_report_keeps_its_hands_off_while_a_sweep_runs(
+    swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in swept.iterdir()}
+    with Lease(swept):
+        assert main(["report", f"out_dir={swept}"]) == 2
+    assert "is being swept by process" in (said := capsys.readouterr().err)
+    assert "nothing was written" in said
+    assert {path.name: path.stat().st_mtime_ns for path in swept.iterdir() if path.name != ".lease"} == before
+    assert main(["report", f"out_dir={swept / 'nowhere'}"]) == 4
+    assert not (swept / "nowhere").exists()
+
+
+def test_an_acknowledgement_waits_for_another_one(
+    swept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = summary_of(swept)["flags"][0]["candidate"]
+    taken = threading.Event()
+
+    def hold() -> None:
+        with Lease(swept, brief=True):
+            taken.set()
+            time.sleep(1)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    taken.wait()
+    assert main(["ack", name, f"out_dir={swept}", *SAID]) == 0
+    other.join()
+    assert "until 2099-01-31 by" in capsys.readouterr().out
+    assert summary_of(swept)["flags"][0]["acknowledged"]
+    monkeypatch.setattr(lease, "WAIT_S", 0.2)
+    with Lease(swept, brief=True):
+        assert main(["ack", name, f"out_dir={swept}", *SAID]) == 0
+        assert "another process writes here" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_written_is_named(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own lie where nobody else may look
+        out_dir = Path(folder) / "out"
+        shutil.copytree(swept, out_dir)
+        name, user = summary_of(out_dir)["flags"][0]["candidate"], os.geteuid()
+        Path(folder).chmod(0o755)
+        out_dir.chmod(0o555)
+        try:
+            if user == 0:
+                os.seteuid(65534)  # whom modes concern
+            for words in (["ack", name, *SAID], ["report"]):
+                assert main([*words, f"out_dir={out_dir}"]) == 4
+                assert "out_dir must be a folder that can be written" in capsys.readouterr().err
+        finally:
+            os.seteuid(user)
+            out_dir.chmod(0o755)
+        assert not (out_dir / FILE).exists()
