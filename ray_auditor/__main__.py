@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray_auditor.config import AuditConfig, Verb, register_schemas
 
 INTERNAL_ERROR, USAGE_ERROR = 2, 4
+GRAVITY = (0, 3, 1, 2, 4)  # exit codes, the gravest last: findings of one job stand before nothing in another
 # What the words after a verb are, that are no overrides.
 WORDS = {"show": ("candidate",), "ack": ("candidate",), "diff": ("before", "after")}
 HOW_TO_DIFFER = "say, for one, out_dir='out/k${sae.k}'"
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 nothing stands out, 1 findings, 2 some candidates failed, 3 nothing to audit, 4 usage,
-        130 interrupted. With several jobs (`-m`), the largest.
+        130 interrupted. With several jobs (`-m`), the gravest.
     """
     if not __debug__:
         return _say_usage(
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not stop.code:
             return 0
         return INTERNAL_ERROR if len(out_dirs) > len(exit_codes) else USAGE_ERROR
-    return max(exit_codes, default=0)
+    return max(exit_codes, key=GRAVITY.index, default=0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line: verbs, overrides, exit codes, and what a wrong one is told."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import yaml
 
 from ray_auditor.__main__ import main, to_overrides
 from ray_auditor.config import Verb
+from ray_auditor.report.finding import exit_code_of
+from tests.report.made_sweep import make_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +104,23 @@ def test_a_missing_source_is_named(capfd: pytest.CaptureFixture[str], tmp_path: 
         assert f"error: {name} must be given" in capfd.readouterr().err
 
 
-def test_several_jobs_give_the_largest_exit_code(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_job_with_findings_stands_before_one_with_nothing_to_audit(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = make_summary()
+    found["candidates"] = [row for row in found["candidates"] if row["status"] != "failed"]
+    nothing = found | {"flags": [], "details": {}, "candidates": found["candidates"][-3:-1]}
+    nothing["candidates"] = [row | {"status": "rejected"} for row in nothing["candidates"]]
+    for name, summary in {"found": found, "nothing": nothing}.items():
+        (tmp_path / name).mkdir()
+        whole = summary | {"counts": {}, "exit_code": exit_code_of(summary)}
+        (tmp_path / name / "summary.json").write_text(json.dumps(whole))
+        assert main(["report", f"out_dir={tmp_path / name}"]) == {"found": 1, "nothing": 3}[name]
+    jobs = f"out_dir={tmp_path / 'found'},{tmp_path / 'nothing'}"
+    assert main(["report", "-m", jobs, f"hydra.sweep.dir={tmp_path}"]) == 1
+
+
+def test_several_jobs_give_the_gravest_exit_code(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["sweep", "-m", "sae.k=0,200", f"hydra.sweep.dir={tmp_path}"]) == 4
     said = capfd.readouterr().err
     assert "got 0" in said

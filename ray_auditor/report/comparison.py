@@ -14,6 +14,7 @@ from ray_auditor.report.verbatim import NAME_CHARS, table_of, verbatim
 
 COMPARED = (*AUDITED, MISFIT)  # statuses of candidates that ran
 ROWS_SHOWN = 200
+ACKNOWLEDGED = "acknowledged"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,14 @@ class Comparison:
 
     @property
     def alerts(self) -> bool:
-        """Whether there is something to look at: a new or changed finding, or a result that was lost."""
-        return bool(self.lost) or any(change.what != "gone" for change in self.changes)
+        """Whether there is something to look at: a new or changed finding, or a result that was lost.
+
+        That somebody looked at a finding is a change, and none to look at.
+        """
+        return bool(self.lost) or any(
+            change.what == "new" or (change.what == "changed" and change.why != ACKNOWLEDGED)
+            for change in self.changes
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -153,7 +160,7 @@ def _differences(
     if before.rule != after.rule:
         yield f"rule {before.rule} -> {after.rule}"
     if (before.acknowledged is None) != (after.acknowledged is None):
-        yield "acknowledged" if after.acknowledged is not None else "no longer acknowledged"
+        yield ACKNOWLEDGED if after.acknowledged is not None else "no longer acknowledged"
     if before.rule == after.rule and before.score is not None and after.score is not None:
         floor_before, floor_after = ours.get("score_low"), theirs.get("score_low")
         if floor_before is not None and after.score < floor_before:

@@ -56,9 +56,8 @@ class Finding:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over what was found in which weights, whoever swept, wherever, under whatever name."""
-        content = self.content or f"id {self.candidate}"
-        parts = json.dumps([content, self.kind, self.suite])
+        """sha256 over what was found in which weights under which name, whoever swept, wherever."""
+        parts = json.dumps([self.candidate, self.content, self.kind, self.suite])
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -111,7 +110,10 @@ def alerts(finding: Finding, raw: Mapping[str, Any]) -> bool:
 
 
 def exit_code_of(raw: Mapping[str, Any]) -> int:
-    """2 when some failed or were deferred, 1 when a finding alerts, 3 when nothing was audited, else 0."""
+    """2 when some failed or were deferred, 1 when a finding alerts, 3 when nothing ran, else 0.
+
+    Whom a first stage cleared did run, and nothing stood out there.
+    """
     statuses = {row["status"] for row in raw["candidates"]}
     if not statuses.isdisjoint(FAILED):
         return EXIT_FAILED

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_auditor.durable_file import put_file
 from ray_auditor.report.candidate import STATUSES
-from ray_auditor.report.finding import list_findings
+from ray_auditor.report.finding import KINDS, list_findings
 from ray_auditor.report.printable import printable
 
 FILE = "metrics.prom"
@@ -124,8 +124,9 @@ def _found(summary: Mapping[str, Any]) -> Iterator[Sample]:
         yield "ray_auditor_candidates", {"status": status}, statuses[status]
     findings = list(list_findings(summary))
     counts = Counter((one.kind, "open" if one.acknowledged is None else "acknowledged") for one in findings)
-    for (rule, state), count in sorted(counts.items()):
-        yield "ray_auditor_findings", {"rule": rule, "state": state}, count
+    for rule in sorted({*KINDS, *(rule for rule, _ in counts)}):
+        for state in ("acknowledged", "open"):  # 0, too: a series that ends is no finding that was closed
+            yield "ray_auditor_findings", {"rule": rule, "state": state}, counts[rule, state]
     yield "ray_auditor_findings_new", {}, sum(one.new is True for one in findings)
     yield "ray_auditor_exit_code", {}, summary["exit_code"]
 

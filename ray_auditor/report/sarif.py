@@ -11,7 +11,7 @@ from ray_auditor.report.number import signed
 from ray_auditor.report.printable import printable
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-FINGERPRINT = "finding/v1"
+FINGERPRINT = "finding/v2"
 NAME_CHARS = 200
 # What SARIF gives a meaning in a plain text message: links in brackets, placeholders in braces.
 LITERAL = str.maketrans({"\\": r"\\", "[": r"\[", "]": r"\]", "{": "{{", "}": "}}"})
@@ -21,8 +21,8 @@ def render_sarif(raw: Mapping[str, Any]) -> str:
     """A summary's findings as a SARIF log.
 
     One result a finding: its rule is the flag's, its location `summary.json` with candidate and suite as the
-    logical one, its partial fingerprint made of weights, rule and suite. What is acknowledged is suppressed.
-    What was not audited is one notification a status.
+    logical one, its partial fingerprint made of name, weights, rule and suite. What is acknowledged is
+    suppressed. What was not audited is one notification a status.
 
     Args:
         raw: The content of `summary.json`.
@@ -107,7 +107,7 @@ def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
         said = finding.acknowledged
         words = f"{said['why']} (acknowledged by {said['who']} until {said['until']})"
         result["suppressions"] = [
-            {"kind": "external", "status": "accepted", "justification": _literal(words, 1000)}
+            {"kind": "external", "status": "accepted", "justification": printable(words, 1000)}
         ]
     if finding.content is not None:
         result["properties"] = {"content_sha256": finding.content}

@@ -42,7 +42,7 @@ _ROWS = (
      "tests/report/test_figures_csv.py::test_what_a_stranger_wrote_is_no_formula"),
     ("F11", "names with markup, mentions, placeholders in SARIF, JUnit, Markdown; the same finding in another sweep",
      "valid by their schemas, text alone; the same fingerprint", "ok",
-     "tests/report/test_machine.py::test_a_fingerprint_follows_weights_rule_and_suite_and_nothing_else"),
+     "tests/report/test_machine.py::test_a_fingerprint_follows_name_weights_rule_and_suite_alone"),
 )  # fmt: skip
 for _row, _what, _demanded, _seen, _test in _ROWS:
     elsewhere(_row, _what, demanded=_demanded, seen=_seen, test=_test)

@@ -74,6 +74,17 @@ def test_every_kind_of_change_is_told_apart_with_its_reason(before: dict[str, An
     }
 
 
+def test_an_acknowledgement_alone_is_nothing_to_look_at(before: dict[str, Any]) -> None:
+    after = copy.deepcopy(before)
+    after["flags"][0]["acknowledged"] = SAID
+    (change,) = compare(before, after).changes
+    assert (change.what, change.why) == ("changed", "acknowledged")
+    assert not compare(before, after).alerts
+    assert compare(after, before).alerts  # it is open again
+    after["flags"][0]["rule"] = "robust_z"
+    assert compare(before, after).alerts
+
+
 def test_a_score_changes_when_it_leaves_the_interval(before: dict[str, Any]) -> None:
     name, score = before["flags"][0]["candidate"], before["flags"][0]["score"]
     low = row_of(before, name)["score_low"]
@@ -122,9 +133,10 @@ def test_the_verb_prints_for_people_and_for_programs(
         (tmp_path / name / "summary.json").write_text(json.dumps(one | {"exit_code": 2}))
     paths = {name: str(tmp_path / name) for name in "abc"}
     assert main(["diff", paths["a"], paths["a"]]) == 0
-    assert main(["diff", paths["a"], paths["b"]]) == 1
+    assert main(["diff", paths["a"], paths["b"]]) == 0
+    assert main(["diff", paths["b"], paths["a"]]) == 1
     assert "0 new, 1 changed, 0 gone" in capsys.readouterr().out
-    assert main(["diff", paths["a"], paths["b"], "diff.format=json"]) == 1
+    assert main(["diff", paths["a"], paths["b"], "diff.format=json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [change["why"] for change in told["changes"]] == ["acknowledged"]
     assert told["changes"][0]["after"]["acknowledged"] == SAID

@@ -86,10 +86,19 @@ def test_sarif_has_a_result_a_finding_and_validates(
     }
 
 
-def test_a_fingerprint_follows_weights_rule_and_suite_and_nothing_else(with_content: dict[str, Any]) -> None:
+def test_a_justification_is_plain_text(with_content: dict[str, Any]) -> None:
+    with_content["flags"][0]["acknowledged"] = SAID | {"why": r"see [ours]{1} \ x"}
+    (run,) = json.loads(render_sarif(with_content))["runs"]
+    (said,) = run["results"][0]["suppressions"]
+    assert said["justification"].startswith(r"see [ours]{1} \ x (acknowledged by ")
+
+
+def test_a_fingerprint_follows_name_weights_rule_and_suite_alone(
+    with_content: dict[str, Any],
+) -> None:
     def fingerprint(summary: dict[str, Any]) -> str:
         (run,) = json.loads(render_sarif(summary))["runs"]
-        return str(run["results"][0]["partialFingerprints"]["finding/v1"])
+        return str(run["results"][0]["partialFingerprints"]["finding/v2"])
 
     first = fingerprint(with_content)
     name = with_content["flags"][0]["candidate"]
@@ -111,8 +120,8 @@ def test_a_fingerprint_follows_weights_rule_and_suite_and_nothing_else(with_cont
         row | {"content_sha256": "f" * 64} if row["id"] == name else row for row in retrained["candidates"]
     ]
     elsewhere |= {"generated_at": "2027-01-01T00:00:00Z", "settings": {"out_dir": "elsewhere"}}
-    assert fingerprint(renamed) == fingerprint(elsewhere) == first
-    assert fingerprint(retrained) != first
+    assert fingerprint(elsewhere) == first
+    assert len({first, fingerprint(renamed), fingerprint(retrained)}) == 3
 
 
 def test_junit_is_red_exactly_where_the_exit_code_is(
@@ -147,6 +156,8 @@ def test_junit_is_red_exactly_where_the_exit_code_is(
     assert set(outcomes(with_content).values()) == {"passed", "skipped"}
     with_content["candidates"] = [row | {"status": "rejected"} for row in with_content["candidates"]]
     assert exit_code_of(with_content | {"flags": []}) == 3
+    with_content["candidates"] = [row | {"status": "screened"} for row in with_content["candidates"]]
+    assert exit_code_of(with_content | {"flags": []}) == 0  # they ran
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, *MORE_HOSTILE])

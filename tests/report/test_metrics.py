@@ -97,6 +97,7 @@ def test_what_a_sweep_found_stays_while_the_next_one_runs(tmp_path: Path, summar
         assert first["ray_auditor_candidates", (("status", status),)] == count
     assert first["ray_auditor_candidates", (("status", "deferred"),)] == 0
     assert first["ray_auditor_findings", (("rule", "null_q"), ("state", "acknowledged"))] == 1
+    assert first["ray_auditor_findings", (("rule", "above_null"), ("state", "acknowledged"))] == 0
     opened = sum(value for (name, labels), value in first.items() if name == "ray_auditor_findings") - 1
     assert opened == len(summary["flags"])  # one is closed, and a misfit is a finding
     assert first["ray_auditor_findings_new", ()] == sum(flag["new"] for flag in summary["flags"])
