@@ -149,26 +149,39 @@ def feature_hits(
     return list(hits.values())
 
 
-def feature_movers(store: StoreReader, feature: int, num_candidates: int) -> list[Mover]:
+def feature_movers(store: StoreReader, feature: int, num_candidates: int) -> tuple[list[Mover], list[str]]:
     """The candidates that moved a feature, among so many with the highest scores, the farthest first.
 
     Args:
         store: The sweep.
         feature: Its index in the SAE.
         num_candidates: At most so many shards are read.
+
+    Returns:
+        The movers, and the candidates whose shards are damaged or missing.
+
+    Raises:
+        ValueError: No such feature, or the base itself is damaged or missing.
     """
+    _check_feature(store, feature)
+    assert store.base_rows is not None  # damage to the base is everyone's
     table = store.candidates()
     ran = table.filter(pc.is_in(table["status"], pa.array(["ok", "flagged"])))
     ran = ran.sort_by([("score", "descending"), ("id", "ascending")]).slice(0, num_candidates)
-    movers = []
+    movers, unread = [], []
     for name, status in zip(ran["id"].to_pylist(), ran["status"].to_pylist(), strict=True):
-        general, *others = feature_rates(store, feature, name)
+        try:
+            general, *others = feature_rates(store, feature, name)
+        except ValueError:
+            unread.append(name)
+            continue
         delta = general.rate_candidate - general.rate_base
         if not others:
             continue
         most = max(others, key=lambda one: abs(one.rate_candidate - one.rate_base - delta))
         movers.append(Mover(name, status, most.suite, most.rate_base, most.rate_candidate, delta))
-    return sorted(movers, key=lambda one: -abs(one.rate_candidate - one.rate_base - one.general_delta))
+    movers.sort(key=lambda one: -abs(one.rate_candidate - one.rate_base - one.general_delta))
+    return movers, unread
 
 
 def _check_feature(store: StoreReader, feature: int) -> None:

@@ -17,6 +17,7 @@ from ray_auditor.store import Store, TokenRows
 from ray_auditor.tables import ABOUT, SCHEMA_VERSION, candidates_schema, rates_schema
 
 ROWS_CACHED = 24  # units whose rows stay in memory: a look at one candidate leads to the next
+SETTINGS = {"k", "suite_names", "suites_key", "unit_keys"}  # what is asked of the sweep's
 FEATURES = pa.schema(
     [pa.field("suite", pa.string(), nullable=False), pa.field("feature", pa.int32(), nullable=False)]
     + [
@@ -50,6 +51,11 @@ class StoreReader:
         self.path = Path(path)
         self._store = Store(self.path / "store", read_only=True)
         self._candidates = self._open("candidates.arrow", candidates_schema())
+        if missing := SETTINGS - (self.about.get("settings") or {}).keys():
+            raise ValueError(
+                f"path must be the out_dir of a sweep of this release, got {self.path}, whose settings have "
+                f"no {min(missing)}; sweep again: what is committed is not computed twice"
+            )
         self.read_rows = lru_cache(ROWS_CACHED)(self._read_rows)
 
     def candidates(self) -> Any:

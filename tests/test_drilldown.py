@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 import ray_auditor
 from ray_auditor.__main__ import main
 from ray_auditor.drilldown import feature_hits, feature_movers, feature_rates, view_prompt
 from ray_auditor.reader import StoreReader
+from ray_auditor.serve.app import hosts_of, make_app
+from ray_auditor.serve.pages import Pages
 from ray_auditor.store import Store
 from tests.made_store import D_SAE, PLANTED, PLANTED_FEATURE, REFUSED, SENTENCES, K, make_out_dir
 
@@ -68,11 +71,33 @@ def test_a_feature_is_counted_on_every_suite_and_its_tokens_are_named(store: Sto
 
 
 def test_who_moved_a_feature(store: StoreReader) -> None:
-    movers = feature_movers(store, PLANTED_FEATURE, 5)
-    assert len(movers) == 5
+    movers, unread = feature_movers(store, PLANTED_FEATURE, 5)
+    assert (len(movers), unread) == (5, [])
     assert (movers[0].candidate, movers[0].suite, movers[0].rate_candidate) == (PLANTED, "sql", 1.0)
     assert all(one.rate_candidate == 0 for one in movers[1:])
-    assert len(feature_movers(store, PLANTED_FEATURE, 100)) == 12
+    assert len(feature_movers(store, PLANTED_FEATURE, 100)[0]) == 12
+
+
+def test_one_damaged_shard_leaves_the_other_movers(out_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(out_dir, tmp_path / "out")
+    store = ray_auditor.open_store(tmp_path / "out")
+    (shard,) = (tmp_path / "out" / "store" / "shards").glob(f"{store.unit_key(PLANTED)}*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    asked = {"feature": str(PLANTED_FEATURE)}
+    page = Pages(store).feature(asked)
+    assert page["unread"] == [PLANTED]
+    assert len(page["movers"]) == 11
+    client = TestClient(make_app(store, hosts_of(80)), base_url="http://127.0.0.1:80")
+    answer = client.get("/feature", params=asked)  # the client leaves out the port, as browsers do
+    assert answer.request.headers["host"] == "127.0.0.1"
+    assert answer.status_code == 200
+    assert "Left out, for their shards are damaged or missing" in answer.text
+    (base,) = (tmp_path / "out" / "store" / "shards").glob(f"{store.base_key}*")
+    base.write_bytes(base.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"run the sweep again|damaged"):
+        feature_movers(ray_auditor.open_store(tmp_path / "out"), PLANTED_FEATURE, 5)
+    client = TestClient(make_app(store, hosts_of(8477)), base_url="http://127.0.0.1:80")
+    assert client.get("/").status_code == 421
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 
 import ray_auditor
 from ray_auditor import shard
+from ray_auditor.outputs import write_outputs
 from ray_auditor.reader import StoreReader
 from ray_auditor.store import Store
 from tests.made_store import D_SAE, PLANTED, PLANTED_FEATURE, REFUSED, K, make_out_dir
@@ -171,6 +172,14 @@ def test_what_is_no_sweep_is_named_and_left_alone(out_dir: Path, tmp_path: Path)
             ray_auditor.open_store(tmp_path)
     (tmp_path / "candidates.arrow").write_bytes((out_dir / "rates.arrow").read_bytes())
     with pytest.raises(ValueError, match="is of another release"):
+        ray_auditor.open_store(tmp_path)
+
+
+def test_a_sweep_of_an_earlier_release_is_named_once(out_dir: Path, tmp_path: Path) -> None:
+    summary = json.loads((out_dir / "summary.json").read_text())
+    del summary["settings"]["suite_names"]
+    write_outputs(summary, tmp_path)
+    with pytest.raises(ValueError, match=r"of a sweep of this release, .* no suite_names; sweep again"):
         ray_auditor.open_store(tmp_path)
 
 

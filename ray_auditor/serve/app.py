@@ -49,7 +49,7 @@ def run_serve(config: AuditConfig) -> int:
             f"http://{LOOPBACK}:{port}/ shows {config.out_dir}, to this machine alone; Ctrl-C ends it\n"
         )
         sys.stdout.flush()
-        app = make_app(store, [f"{LOOPBACK}:{port}", f"localhost:{port}"])
+        app = make_app(store, hosts_of(port))
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off"
         )
@@ -58,12 +58,18 @@ def run_serve(config: AuditConfig) -> int:
     return 0
 
 
+def hosts_of(port: int) -> list[str]:
+    """What a browser calls this machine's port; that of plain HTTP, 80, it leaves out."""
+    names = (LOOPBACK, "localhost")
+    return [f"{name}:{port}" for name in names] + (list(names) if port == 80 else [])
+
+
 def make_app(store: StoreReader, hosts: list[str]) -> ASGIApp:
     """The app over one sweep.
 
     Args:
         store: What is shown.
-        hosts: The only values of a request's Host header that are answered, ports included.
+        hosts: The only values of a request's Host header that are answered; `hosts_of` has them.
     """
     pages, environment = Pages(store), _environment()
 

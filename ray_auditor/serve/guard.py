@@ -27,7 +27,7 @@ class Guard:
 
     Args:
         app: What is guarded.
-        hosts: Values of the Host header, port included, in lower case.
+        hosts: Values of the Host header, in lower case.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:

@@ -82,13 +82,15 @@ class Pages:
         name, suite = asked.get("id") or None, asked.get("suite") or None
         if suite is not None:
             _one_of("suite", suite, self.store.suites)
+        movers, unread = feature_movers(self.store, feature, most)
         return {
             "feature": feature,
             "id": name,
             "suite": suite,
             "of": most,
             "rates": feature_rates(self.store, feature, name),
-            "movers": feature_movers(self.store, feature, most),
+            "movers": movers,
+            "unread": unread,
             "on_base": feature_hits(self.store, feature, None, suite),
             "changed": feature_hits(self.store, feature, name, suite) if name else [],
         }
