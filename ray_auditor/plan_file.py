@@ -23,7 +23,15 @@ from ray_auditor.store import Unit
 
 PLAN_VERSION = 1
 FILE_NAME = "plan.json"
-NOT_INPUTS = ("verb", "plan", "show", "evaluate")  # settings that a sweep does not read
+NOT_INPUTS = (
+    "verb",
+    "plan",
+    "show",
+    "ack",
+    "diff",
+    "serve",
+    "evaluate",
+)  # settings that a sweep does not read
 AS_MUCH = ("nothing", "audit", "fetch")  # by how much there is to do
 MAX_NAMED = 5
 
@@ -84,7 +92,7 @@ class PlanFile:
             version = value["schema_version"]
             if version != PLAN_VERSION:
                 raise ValueError(f"schema version {version!r}, this release reads {PLAN_VERSION}")
-            self.settings: dict[str, Any] = dict(value["settings"])
+            self.settings: dict[str, Any] = _inputs_among(dict(value["settings"]))
             self.inputs: dict[str, Any] = dict(value["inputs"])
             self.rows: dict[str, dict[str, Any]] = {str(row["id"]): row for row in value["rows"]}
             self._found = [(self._read(row), row["role"]) for row in value["rows"]]
@@ -137,7 +145,7 @@ class PlanFile:
         if was["action"] in AS_MUCH and action in AS_MUCH:
             other = was["unit_key"] and row.unit and row.unit.key != was["unit_key"]
             return bool(other) or AS_MUCH.index(action) > AS_MUCH.index(was["action"])
-        return bool(action != was["action"])
+        return (was["action"], action) not in (("defer", "nothing"), (action, action))
 
     def _refuse(self, what: str, differences: list[str]) -> None:
         if differences:
@@ -175,7 +183,11 @@ def _origin(found: Entry) -> dict[str, Any]:
 
 
 def _settings(config: AuditConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    settings = _inputs_among(json.loads(json.dumps(asdict(config))))
+    return settings | {"out_dir": str(Path(config.out_dir).resolve())}
+
+
+def _inputs_among(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in NOT_INPUTS}
 
 

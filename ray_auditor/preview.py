@@ -17,6 +17,7 @@ from ray_auditor.plan import Plan, make_plan
 from ray_auditor.plan_file import PlanFile, write_plan
 from ray_auditor.report.number import duration, significant
 from ray_auditor.report.printable import printable
+from ray_auditor.screen import check_screen
 
 EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 2, 3
 MAX_ROWS = 100  # of the table; plan.json has all
@@ -62,6 +63,7 @@ def print_plan(config: AuditConfig) -> int:
         with nullcontext() if is_folder else Lease(Path(config.out_dir)):  # a listing has one reader
             plan = within_budget(make_plan(config, create=False))
             keep_rate_limits(plan)
+        check_screen(plan)
     except (LeaseHeld, SourceError) as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAILED

@@ -29,11 +29,7 @@ def screen_of(plan: Plan) -> Plan:
     """
     share = plan.config.screen.share
     assert share is not None, "the screen is off"
-    if not plan.nulls:
-        raise ValueError(
-            "null.path must be given with screen.share, for scores of candidates alone are ranks; "
-            "add null.path=DIR or leave screen.share out"
-        )
+    check_screen(plan)
     listed = [
         (replace(entry, id=row.id), row.role)
         for entry, row in zip(plan.found, plan.rows, strict=True)
@@ -60,6 +56,19 @@ def screen_of(plan: Plan) -> Plan:
         meter=plan.meter,
         work=plan.work,
     )
+
+
+def check_screen(plan: Plan) -> None:
+    """Check that what is cleared would be held to something.
+
+    Raises:
+        ValueError: There is no null population: without one a low score is no more than a rank.
+    """
+    if plan.config.screen.share is not None and not plan.nulls:
+        raise ValueError(
+            "null.path must be given with screen.share, for scores of candidates alone are ranks; "
+            "add null.path=DIR or leave screen.share out"
+        )
 
 
 def clear(plan: Plan, small: Plan, failures: Failures) -> Plan:

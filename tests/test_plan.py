@@ -187,6 +187,30 @@ def test_a_plan_of_other_settings_is_refused(
     assert not audit.server.requests
 
 
+def test_a_plan_is_kept_to_where_less_is_left_to_do_and_other_verbs_settings_differ(
+    audit: Audit, swept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`org/a2` is put off by the plan, and done by the time that a sweep keeps to it."""
+    out = tmp_path / "out"
+    shutil.copytree(audit.hub.out, out)
+    shutil.rmtree(out / "cache")
+    most = "budget.max_download_bytes=1"
+    assert audit.run("plan", most, f"out_dir={out}") == 0
+    planned = json.loads((out / "plan.json").read_text())
+    done = {row["id"] for row in planned["rows"] if row["action"] == "nothing"}
+    put_off = {row["id"] for row in planned["rows"] if row["action"] == "defer"}
+    assert "org/a1" in done
+    assert "org/a2" in put_off
+    for row in planned["rows"]:  # as though a1 had been put off, and done since
+        if row["id"] == "org/a1":
+            row |= {"action": "defer", "unit_key": None, "reason": "deferred:max_download_bytes: then"}
+    (out / "plan.json").write_text(json.dumps(planned))
+    monkeypatch.chdir(tmp_path)
+    assert audit.run("sweep", most, "out_dir=out", "plan=out/plan.json", "serve.port=9999") == 2
+    rows = {row["id"]: row["status"] for row in json.loads((out / "summary.json").read_text())["candidates"]}
+    assert (rows["org/a1"], rows["org/a2"]) == ("ok", "deferred")
+
+
 def test_a_plan_of_other_inputs_or_a_smaller_store_is_refused(
     audit: Audit, swept: dict[str, Any], capfd: Any
 ) -> None:

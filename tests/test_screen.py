@@ -120,8 +120,9 @@ def test_candidates_from_a_hub_are_fetched_once_for_both_stages(
 def test_a_screen_without_a_null_population_is_refused(
     hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert hub.sweep("null.path=null", f"out_dir={tmp_path / 'out'}") == 4
-    assert "null.path must be given with screen.share" in capfd.readouterr().err
+    for verb in ("plan", "sweep"):
+        assert main([verb, *hub.arguments, "null.path=null", f"out_dir={tmp_path / 'out'}"]) == 4
+        assert "null.path must be given with screen.share" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 1.0}, {"share": 0.1, "clear_below": 0.0}])
