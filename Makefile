@@ -27,7 +27,7 @@ bench: $(STAMP)  ## every benchmark that runs on this machine; results go to ben
 
 $(STAMP): requirements-cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ray-auditor needs Python 3.11 or later; set PYTHON=python3.11")'
-	@echo "setting up $(VENV): about 4.5 GB, a few minutes"
+	@echo "setting up $(VENV): about 4.6 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --no-deps -r requirements-cpu.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .

@@ -165,6 +165,12 @@ def run_stages(
         if failure is not None and task.candidate is None:
             raise BaseFailed(task, failure)
 
+    def tell() -> None:
+        num_failed = sum(failure is not None for failure in ended.values())
+        num_ok = num_before + len(ended) - num_failed
+        counts = {"ok": num_ok, "failed": num_failed, "running": len(fleet.names)}
+        progress.update(counts, (num_ok - num_before) * plan.suites.num_tokens, fleet.names)
+
     try:
         for number, stage in enumerate(timed(stages, plan.work)):
             if number:
@@ -175,10 +181,7 @@ def run_stages(
                     queue.popleft()
                 while queue and refusal:  # no time for another
                     end(queue.popleft()[0], refusal)
-                num_failed = sum(failure is not None for failure in ended.values())
-                num_ok = num_before + len(ended) - num_failed
-                counts = {"ok": num_ok, "failed": num_failed, "running": len(fleet.names)}
-                progress.update(counts, (num_ok - num_before) * plan.suites.num_tokens, fleet.names)
+                tell()
                 for landing in fleet.land():
                     task, attempt = landing.flight.assignment, landing.flight.attempt
                     if isinstance(landing.outcome, Ran):
@@ -194,6 +197,7 @@ def run_stages(
                         queue.append((task, attempt + 1))
                     else:
                         end(task, landing.outcome)
+        tell()
     finally:
         meter.end()
     return {key: failure for key, failure in ended.items() if failure is not None}
