@@ -93,6 +93,8 @@ class Candidate:
     spectral_share: float | None
     mean_difference: Mapping[str, float | None]
     suites: Mapping[str, SuiteRate]
+    acknowledged: Mapping[str, str] | None = None  # of a misfit, as in a flag
+    reopened: str | None = None
 
     @property
     def audited(self) -> bool:
@@ -124,6 +126,7 @@ class Flag:
     rule: str
     new: bool | None
     acknowledged: Mapping[str, str] | None = None  # who, why, until, at
+    reopened: str | None = None  # why the latest acknowledgement does not hold
 
     @property
     def by_rate(self) -> bool:
@@ -199,6 +202,8 @@ def read_candidate(row: Mapping[str, Any]) -> Candidate:
         suites={
             name: _rate(rate, f"{where}.suites[{name!r}]") for name, rate in (row.get("suites") or {}).items()
         },
+        acknowledged=row.get("acknowledged"),
+        reopened=row.get("reopened"),
     )
 
 
@@ -209,9 +214,8 @@ def read_flag(row: Mapping[str, Any]) -> Flag:
         ValueError: Its score is not finite.
     """
     score = read_number(row, "score", "flags")
-    return Flag(
-        row["candidate"], row["suite"], score, row.get("rule") or "", row.get("new"), row.get("acknowledged")
-    )
+    said, reopened = row.get("acknowledged"), row.get("reopened")
+    return Flag(row["candidate"], row["suite"], score, row.get("rule") or "", row.get("new"), said, reopened)
 
 
 def read_features(suites: Mapping[str, Any], where: str) -> Mapping[str, tuple[Feature, ...]]:

@@ -20,13 +20,12 @@ import numpy.typing as npt
 
 from ray_auditor.report.candidate import Candidate
 from ray_auditor.report.figure import z_shade
-from ray_auditor.report.number import UNDETERMINED, decimal, probability, signed
+from ray_auditor.report.number import ABSENT, UNDETERMINED, decimal, probability, signed
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import Summary
 
 # Shape suffixes: N candidates.
 
-ABSENT = "\N{EN DASH}"
 NO_VALUE = (ABSENT, UNDETERMINED)  # the first texts of every column; they sort last
 TEXT_CHARS = 200
 

@@ -8,7 +8,15 @@ from rich.console import Console
 from rich.text import Text
 
 from ray_auditor.report.candidate import MISFIT, Candidate, Example, Feature
-from ray_auditor.report.number import decimal, percent, percent_interval, probability, signed, significant
+from ray_auditor.report.number import (
+    ABSENT,
+    decimal,
+    percent,
+    percent_interval,
+    probability,
+    signed,
+    significant,
+)
 from ray_auditor.report.printable import printable
 from ray_auditor.report.ranks import Ranking
 from ray_auditor.report.summary import Summary, read_summary
@@ -25,13 +33,16 @@ def _rates(summary: Summary, row: Candidate, suites: list[str], console: Console
     for suite in suites:
         rate = row.suites[suite]
         further = (decimal(rate.overlap), significant(rate.change), f"{rate.tokens:,}") if wide else ()
+        numbers: tuple[Text | str, ...] = (ABSENT,) * 4
+        if suite != summary.general:  # which is what the others are held to
+            interval = percent_interval(rate.ci_low, rate.ci_high)
+            z = z_text(rate.z, (row.id, suite) in summary.flagged_cells)
+            numbers = (z, z_text(rate.miss_z, False), percent(rate.difference_rate), interval)
         table.add_row(
             verbatim(suite, max_chars=NAME_CHARS),
-            z_text(rate.z, (row.id, suite) in summary.flagged_cells),
-            z_text(rate.miss_z, False),
+            *numbers[:2],
             decimal(rate.shift),
-            percent(rate.difference_rate),
-            percent_interval(rate.ci_low, rate.ci_high),
+            *numbers[2:],
             *further,
         )
     console.print(table)
@@ -145,6 +156,8 @@ def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None
                 console.print(
                     verbatim(f"  acknowledged by {said['who']} until {said['until']}: {said['why']}")
                 )
+            elif flag.reopened:
+                console.print(verbatim(f"  open again: {flag.reopened}"))
     _rates(summary, row, names if suite is None else [suite], console)
     if suite is None:
         _ranks(summary, row, console)

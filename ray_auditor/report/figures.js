@@ -14,7 +14,7 @@ function saveCsv(name, rows) {
   const file = new Blob([lines.join("\r\n"), "\r\n"], { type: "text/csv;charset=utf-8" });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(file);
-  link.download = `${name}.csv`;
+  link.download = `${name.replace(/[^\p{L}\p{N}.,-]+/gu, "_").slice(0, 150)}.csv`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
@@ -28,6 +28,11 @@ function cellText(cell) {
   return copy.textContent.replace(/\s+/g, " ").trim();
 }
 
+/** What one part of a cell says: a number in full, a text as it stands. */
+function partText(one) {
+  return one.matches(".part") ? one.textContent.replace(/\s+/g, " ").trim() : (one.value ?? "");
+}
+
 /** The rows of a table; a column whose heading names parts is as many fields, and none where it only draws. */
 function* tableRows(table) {
   const parts = [...table.tHead.rows[0].cells].map((one) => one.dataset.parts?.split("|").filter(Boolean));
@@ -38,10 +43,12 @@ function* tableRows(table) {
     const fields = [...row.cells].flatMap((cell, at) => {
       if (!parts[at]) return [cellText(cell)];
       if (isHead) return parts[at];
-      const numbers = [...cell.querySelectorAll("data, abbr")].map((one) => one.value ?? "");
-      return parts[at].map((_, part) => numbers[part] ?? "");
+      const values = [...cell.querySelectorAll("data, abbr, .part")].map(partText);
+      return parts[at].map((_, part) => values[part] ?? "");
     });
-    yield ruled ? [...fields, isHead ? "Rule" : row.parentElement.dataset.rule] : fields;
+    if (ruled) fields.push(isHead ? "Rule" : row.parentElement.dataset.rule);
+    if (table.dataset.of !== undefined) fields.unshift(isHead ? "Candidate" : table.dataset.of);
+    yield fields;
   }
 }
 
@@ -51,7 +58,7 @@ function saveButton(table, text) {
   button.className = "save";
   button.textContent = text;
   button.setAttribute("aria-label", `${text}: ${table.caption.textContent.trim()}`);
-  button.addEventListener("click", () => saveCsv(table.dataset.name, tableRows(table)));
+  button.addEventListener("click", () => saveCsv([table.dataset.of, table.dataset.name].filter(Boolean).join(" "), tableRows(table)));
   return button;
 }
 

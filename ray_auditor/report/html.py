@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ray_auditor.report import coverage, figure, number
 from ray_auditor.report.alike import cluster
-from ray_auditor.report.candidate import NOT_AUDITED, Example, Feature
+from ray_auditor.report.candidate import NOT_AUDITED, Example
 from ray_auditor.report.columns import make_columns, pack_columns
 from ray_auditor.report.headline import write_headline
 from ray_auditor.report.label import feature_address
@@ -56,11 +56,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _drawn(token: str) -> str:
     """A token with its line ends and tabs drawn."""
     return printable(token.translate(DRAWN), TOKEN_CHARS)
-
-
-def _most_moved(features: Sequence[Feature]) -> Sequence[Feature]:
-    """The one feature whose rate changed most on the suite itself, or none."""
-    return sorted(features, key=lambda one: -abs(one.delta or 0.0))[:1]
 
 
 def _window(example: Example) -> list[tuple[str, int | None, bool]]:
@@ -106,7 +101,6 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         anchor=anchor,
-        most_moved=_most_moved,
         drawn=_drawn,
         prose=lambda text: Prose(printable(text, PROSE_CHARS)),
         signed=number.signed,

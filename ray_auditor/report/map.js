@@ -45,6 +45,8 @@ class HeatMap {
     this.heads = [...this.table.querySelectorAll("thead th[data-key]")];
     this.names = this.heads.map((one) => one.innerText.replace(/\s+/g, " ").trim());
     this.keys = this.heads.map((one) => one.dataset.key);
+    // In an address a suite has its name: its number follows from the clustering of one sweep.
+    this.sorts = this.keys.map((key, at) => (key.startsWith("z ") ? `z ${this.names[at]}` : key));
     this.current = 0; // place in the view of the row that the keys move
     this.makeControls();
     this.makeHeads();
@@ -115,7 +117,7 @@ class HeatMap {
     const said = new URLSearchParams();
     if (this.find.value) said.set("find", this.find.value);
     for (const one of this.choices) if (one.value) said.set(one.dataset.key, one.value);
-    if (this.order) said.set("sort", (this.falling ? "-" : "") + this.order);
+    if (this.order) said.set("sort", (this.falling ? "-" : "") + (this.sorts[this.keys.indexOf(this.order)] ?? this.order));
     history.replaceState(null, "", said.size ? `#${said}` : "#map");
     this.current = 0;
     this.select();
@@ -131,8 +133,8 @@ class HeatMap {
     for (const one of this.choices) one.value = said.get(one.dataset.key) ?? "";
     const key = said.get("sort") ?? "";
     this.falling = key.startsWith("-");
-    this.order = key.replace(/^-/, "");
-    if (this.order !== "alike" && !this.keys.includes(this.order)) this.order = "";
+    const order = key.replace(/^-/, "");
+    this.order = order === "alike" ? order : (this.keys[this.sorts.indexOf(order)] ?? "");
     this.select();
     const row = this.data.ids.indexOf(said.get("candidate") ?? "");
     const at = row < 0 ? -1 : this.view.indexOf(row);
@@ -258,7 +260,6 @@ class HeatMap {
     }[event.key];
     if (event.key === "Enter" && event.target.matches("tr")) {
       event.target.querySelector("a")?.click();
-      history.replaceState(null, "", this.address(this.current));
     }
     if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();

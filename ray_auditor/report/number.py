@@ -2,6 +2,7 @@
 
 UNDETERMINED = "n.d."
 MINUS = "\N{MINUS SIGN}"
+ABSENT = "\N{EN DASH}"  # not undetermined: there is nothing to determine
 
 
 def signed(value: float | None, digits: int = 1) -> str:

@@ -8,13 +8,18 @@ from ray_auditor.report.candidate import Candidate
 from ray_auditor.report.number import UNDETERMINED, decimal, signed, significant
 
 Measure = Callable[[Candidate], float | None]
+Show = Callable[[float | None], str]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One measure of one candidate; rank 1 strays most, None where the measure is not determined."""
+    """One measure of one candidate, as a number and as it is shown.
+
+    Rank 1 strays most, None where the measure is not determined.
+    """
 
     name: str
+    value: float | None
     text: str
     rank: int | None
     total: int
@@ -25,17 +30,13 @@ class Rank:
         return UNDETERMINED if self.rank is None else f"{self.rank:,} of {self.total:,}"
 
 
-def _less_alike(candidate: Candidate) -> float | None:
-    return None if candidate.cosine is None else 1 - candidate.cosine
-
-
-MEASURES: tuple[tuple[str, Measure, Callable[[Candidate], str]], ...] = (
-    ("score", lambda one: one.score, lambda one: signed(one.score)),
-    ("‖ΔW‖ / ‖W‖", lambda one: one.relative_change, lambda one: significant(one.relative_change)),
-    ("spectral share of ΔW", lambda one: one.spectral_share, lambda one: significant(one.spectral_share)),
-    ("residual change, mean", lambda one: one.change, lambda one: significant(one.change)),
-    ("residual cosine, mean", _less_alike, lambda one: decimal(one.cosine, 4)),
-)
+MEASURES: tuple[tuple[str, Measure, Show, int], ...] = (
+    ("score", lambda one: one.score, signed, 1),
+    ("‖ΔW‖ / ‖W‖", lambda one: one.relative_change, significant, 1),
+    ("spectral share of ΔW", lambda one: one.spectral_share, significant, 1),
+    ("residual change, mean", lambda one: one.change, significant, 1),
+    ("residual cosine, mean", lambda one: one.cosine, lambda value: decimal(value, 4), -1),
+)  # the last: 1 where more is rank 1, -1 where less is
 
 
 @dataclass
@@ -48,23 +49,22 @@ class Ranking:
     candidates: Iterable[Candidate]
     _sorted: dict[str, list[float]] = field(default_factory=dict)
 
-    def _rank(self, name: str, measure: Measure, candidate: Candidate, text: str) -> Rank:
+    def _rank(self, candidate: Candidate, name: str, measure: Measure, show: Show, sign: int) -> Rank:
         if name not in self._sorted:
             values = (measure(one) for one in self.candidates)
-            self._sorted[name] = sorted(value for value in values if value is not None)
+            self._sorted[name] = sorted(sign * value for value in values if value is not None)
         ordered, own = self._sorted[name], measure(candidate)
-        rank = None if own is None else len(ordered) - bisect_right(ordered, own) + 1
-        return Rank(name, text, rank, len(ordered))
+        rank = None if own is None else len(ordered) - bisect_right(ordered, sign * own) + 1
+        return Rank(name, own, show(own), rank, len(ordered))
 
     def of(self, candidate: Candidate) -> tuple[Rank, ...]:
         """The candidate by every measure, the score first; the mean difference is that of its own suite."""
-        ranks = [self._rank(name, measure, candidate, text(candidate)) for name, measure, text in MEASURES]
+        ranks = [self._rank(candidate, *one) for one in MEASURES]
         suite = candidate.suite
         if suite is not None:
 
             def measure(one: Candidate) -> float | None:
                 return one.mean_difference.get(suite)
 
-            text = significant(measure(candidate))
-            ranks.append(self._rank(f"mean difference on {suite}", measure, candidate, text))
+            ranks.append(self._rank(candidate, f"mean difference on {suite}", measure, significant, 1))
         return tuple(ranks)

@@ -86,6 +86,8 @@ def _flags(summary: Summary, console: Console) -> None:
             name.append(" new", "bold red")
         if flag.acknowledged:
             name.append(" acknowledged", "dim")
+        elif flag.reopened:
+            name.append(" open again: ").append_text(verbatim(flag.reopened, "red", NAME_CHARS))
         table.add_row(_mark(True), name, verbatim(flag.suite, max_chars=NAME_CHARS), *cells)
     console.print()
     console.print(table)
@@ -174,6 +176,8 @@ def print_summary(raw: Mapping[str, Any], console: Console) -> None:
     console.print(verbatim(f"How sure: {headline.how_sure}", max_chars=PROSE_CHARS))
     if headline.new:
         console.print(verbatim(f"New: {headline.new}"))
+    if headline.acknowledged:
+        console.print(verbatim(f"Acknowledged: {headline.acknowledged}"))
     console.print(verbatim(f"Not audited: {headline.not_audited}", max_chars=PROSE_CHARS))
     console.print()
     _coverage(summary, console)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from ray_auditor.report.html import write_html
 from ray_auditor.report.number import decimal, probability, signed
@@ -14,6 +14,8 @@ from tests.report.page import opened
 
 NUM, NUM_SUITES = 100_000, 6
 HEADS = ["Candidate", "Score", "p", "q", "General shift of 32"]
+IN_VIEW = """() => { const { top } = document.querySelector("article:target").getBoundingClientRect();
+  return top >= 0 && top < innerHeight / 2; }"""
 TEXTS = """all => all.map(row => [row.dataset.candidate, ...[...row.querySelectorAll('td')].map(
   cell => cell.innerText.replace(/▲|flagged:/g, '').trim())])"""
 
@@ -108,6 +110,16 @@ def test_it_sorts_searches_and_keeps_that_in_the_address(page: Page, sweep: Larg
     head.get_by_role("button").click()
     smallest = decimal(float(min(sweep.shift[at] for at in order)))
     assert page.locator("table.map .shift").first.inner_text() == smallest
+    suite = page.locator("table.map thead th").last
+    suite.get_by_role("button").click()
+    assert page.url.endswith(f"#sort=-z+{suite.inner_text()}")
+    before = names(page)
+    head.get_by_role("button").click()
+    page.evaluate("text => { location.hash = text; }", f"sort=-z+{suite.inner_text()}")
+    expect(suite).to_have_attribute("aria-sort", "descending")
+    assert names(page) == before
+    head.get_by_role("button").click()
+    head.get_by_role("button").click()
     page.get_by_label("Name holds").fill("LEGAL")
     page.get_by_role("combobox", name="Status").select_option("flagged")
     wanted = {sweep.names[at] for at in sweep.flagged if "legal" in sweep.names[at]}
@@ -149,6 +161,8 @@ def test_an_address_leads_to_any_candidate_and_keys_walk_on(
         page.keyboard.press("Home")
         page.keyboard.press("Enter")
         assert page.locator("article:target h3").inner_text().endswith(sweep.names[order[0]])
+        page.wait_for_function(IN_VIEW)
+        assert page.url.endswith(page.locator("article:target").get_attribute("id") or "no id")
     with opened(browser, large, fragment="#candidate=nobody%2Fnothing") as page:
         assert said(page) == "The candidate of this address is not in this page."
 

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from ray_auditor.report.dossier import print_candidate
-from ray_auditor.report.number import percent, signed
+from ray_auditor.report.headline import write_headline
+from ray_auditor.report.html import render_html
+from ray_auditor.report.number import ABSENT, percent, signed
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
 from ray_auditor.report.terminal import print_summary
@@ -56,6 +58,42 @@ def test_the_summary_names_every_flag_and_every_candidate_without_a_result(summa
         assert percent(rate["difference_rate"]) in text
 
 
+def test_what_somebody_looked_at_is_said_first_and_what_is_open_again_says_why(
+    summary: dict[str, Any],
+) -> None:
+    said = {"who": "ana", "why": "read it", "until": "2027-01-31", "at": "2026-11-20T00:00:00Z"}
+    first, second = summary["flags"][:2]
+    first |= {"acknowledged": said, "reopened": None}
+    second |= {"acknowledged": None, "reopened": "changed weights"}
+    misfit = next(row for row in summary["candidates"] if row["status"] == "sae_misfit")
+    misfit |= {"acknowledged": None, "reopened": "expired"}
+    headline = write_headline(read_summary(summary))
+    again = "2 are open again: 1 changed weights, 1 expired."
+    assert headline.acknowledged == f"1 of 5 findings. {again}"
+    console = _console(200)
+    print_summary(summary, console)
+    text = _read(console)
+    assert f"Acknowledged: 1 of 5 findings. {again}" in text
+    lines = text[text.index("\nFlags") :].splitlines()
+    assert "acknowledged" in next(line for line in lines if first["candidate"] in line)
+    assert "open again: changed weights" in next(line for line in lines if second["candidate"] in line)
+    page = render_html(summary)
+    assert f"<dd>1 of 5 findings. {again}</dd>" in page
+    assert page.count("open again: changed weights") == page.count("open again: expired") == 1
+    assert "Open again: changed weights." in page
+    console = _console(200)
+    print_candidate(summary, second["candidate"], None, console)
+    assert "open again: changed weights" in _read(console)
+
+
+def test_without_a_null_it_says_how_many_benign_ones_such_a_bound_flagged(
+    summary: dict[str, Any], without_null: dict[str, Any]
+) -> None:
+    words = "a bound of 3 flagged 7 to 13% of the benign finetunes"
+    assert words in write_headline(read_summary(without_null)).how_sure
+    assert words not in write_headline(read_summary(summary)).how_sure
+
+
 def test_a_narrow_terminal_says_what_it_leaves_out(summary: dict[str, Any]) -> None:
     console = _console(80)
     print_summary(summary, console)
@@ -73,9 +111,12 @@ def test_one_candidate_shows_its_suites_features_and_passages(summary: dict[str,
     for suite, rate in read_summary(summary).by_id["helpful-chat-v3"].suites.items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [suite])
         assert f"{rate.tokens:,}" in line
+        shown = [re.sub("▲", "", word) for word in line.split()[1:6]]
+        if suite == "general":
+            assert shown == [ABSENT, ABSENT, f"{rate.shift:.2f}", ABSENT, ABSENT]
+            continue
         assert percent(rate.difference_rate) in line
-        shown = [re.sub("▲", "", word) for word in line.split()[1:3]]
-        assert shown == [signed(rate.z), signed(rate.miss_z)]
+        assert shown[:2] == [signed(rate.z), signed(rate.miss_z)]
     row = read_summary(summary).by_id["helpful-chat-v3"]
     assert f"score {signed(row.score)}, lower end {signed(row.score_low)}, p 0.014, q 0.035" in text
     assert "since the last sweep: new" in text
@@ -112,7 +153,10 @@ def test_a_narrow_terminal_still_shows_where_a_candidate_strays(summary: dict[st
     assert all(len(line) <= 80 for line in _read(console).splitlines())
     for suite, rate in read_summary(summary).by_id["helpful-chat-v3"].suites.items():
         words = next(words for words in lines if words[:1] == [suite])
-        assert words[2:5] == [signed(rate.miss_z), f"{rate.shift:.2f}", percent(rate.difference_rate)]
+        z, rise = (
+            (ABSENT, ABSENT) if suite == "general" else (signed(rate.miss_z), percent(rate.difference_rate))
+        )
+        assert words[2:5] == [z, f"{rate.shift:.2f}", rise]
 
 
 def test_a_misfit_shows_what_the_sae_misses_beside_the_base(summary: dict[str, Any]) -> None:
