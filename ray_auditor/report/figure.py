@@ -14,8 +14,9 @@ CHANGE_BOUNDS = (0.1, 0.25, 0.5, 0.75)
 PANEL_WIDTH, PANEL_HEIGHT = 300, 210
 PANEL_LEFT, PANEL_RIGHT, PANEL_TOP, PANEL_BOTTOM = 46, 290, 10, 174
 INTERVAL_WIDTH = 220
-NAME_WIDTH, NAME_HEIGHT = 120, 11
+NAME_WIDTH, NAME_HEIGHT, LETTER_WIDTH = 120, 11, 6
 CROWD_CELL, CROWD_BOUNDS = 4, (1, 10, 100)
+MIN_SHIFT = 0.01  # of k: whose general shift is smaller is no reference either (docs/method.md)
 
 
 def z_shade(z: float | None) -> str:
@@ -85,25 +86,38 @@ class Dot:
     y_high: float | None
     flagged: bool
     named: bool = False
-
-    @property
-    def label_left(self) -> bool:
-        """Whether the name fits only on the left of the dot."""
-        return self.x > (PANEL_LEFT + PANEL_RIGHT) / 2
+    label_left: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Difference rate against general shift on one suite; `undetermined` candidates have no dot."""
+    """Difference rate against general shift on one suite.
+
+    `undetermined` candidates have no dot, nor have those `off_scale`, whose general shift is too small to
+    divide by; see `least_shift`.
+    """
 
     suite: str
     dots: tuple[Dot, ...]
     undetermined: int
+    off_scale: int
+
+
+def least_shift(summary: Summary) -> float:
+    """The smallest general shift that is drawn, features per token; 0 where k is not recorded."""
+    return MIN_SHIFT * (summary.k or 0)
+
+
+def _moved(summary: Summary, candidate: Candidate) -> bool:
+    general = candidate.suites.get(summary.general)
+    return general is not None and general.shift is not None and general.shift >= least_shift(summary)
 
 
 def _dot(summary: Summary, candidate: Candidate, suite: str, x: Scale, y: Scale) -> Dot | None:
     general, rate = candidate.suites.get(summary.general), candidate.suites[suite]
     if general is None or general.shift is None or rate.difference_rate is None:
+        return None
+    if not _moved(summary, candidate):
         return None
     low, high = (None if end is None else y.at(end) for end in (rate.ci_low, rate.ci_high))
     flagged = (candidate.id, suite) in summary.flagged_cells
@@ -117,13 +131,31 @@ def rate_scale(rates: Iterable[SuiteRate], start: float, end: float) -> Scale:
 
 
 def _name(dots: Sequence[Dot]) -> tuple[Dot, ...]:
-    """Flagged dots get their names, the first ones first, but for names that would cover another."""
+    """Flagged dots get their names, the first ones first, but for names that would cover another.
+
+    A name stands where it fits, on the side where it lies over fewer dots.
+    """
     taken: list[tuple[float, float]] = []
     named = []
+    x_N, y_N = np.array([(dot.x, dot.y) for dot in dots], dtype=float).reshape(-1, 2).T
     for dot in dots:
-        middle = dot.x + (-NAME_WIDTH if dot.label_left else NAME_WIDTH) / 2
+        if not dot.flagged:
+            named.append(dot)
+            continue
+        width = min(NAME_WIDTH, LETTER_WIDTH * len(dot.candidate.id) + 12)
+        beside_N = abs(y_N - dot.y) < NAME_HEIGHT
+        fits = {True: dot.x - width > PANEL_LEFT, False: dot.x + width < PANEL_WIDTH}
+        covered = {
+            left: int(
+                (beside_N & (x_N != dot.x) & ((x_N < dot.x) == left) & (abs(x_N - dot.x) < width)).sum()
+            )
+            for left in (False, True)
+        }
+        label_left = min(covered, key=lambda left: (not fits[left], covered[left]))
+        dot = replace(dot, label_left=label_left)
+        middle = dot.x + (-NAME_WIDTH if label_left else NAME_WIDTH) / 2
         is_free = all(abs(middle - x) > NAME_WIDTH or abs(dot.y - y) > NAME_HEIGHT for x, y in taken)
-        if dot.flagged and is_free:
+        if is_free:
             taken.append((middle, dot.y))
             dot = replace(dot, named=True)
         named.append(dot)
@@ -139,11 +171,12 @@ class Axes:
 
 
 def fit_axes(summary: Summary) -> Axes:
-    """The axes that hold every audited candidate on every suite."""
+    """The axes that hold every audited candidate on every suite, but for those off scale."""
     general = (one.suites.get(summary.general) for one in summary.audited)
     tasks = (
         rate
         for one in summary.audited
+        if _moved(summary, one)
         for suite, rate in one.suites.items()
         if suite != summary.general and rate.difference_rate is not None
     )
@@ -161,7 +194,12 @@ def draw_panels(summary: Summary, shown: Sequence[Candidate], axes: Axes) -> tup
             if suite in candidate.suites
         ]
         dots = _name([dot for dot in drawn if dot is not None])
-        panels.append(Panel(suite, dots, len(drawn) - len(dots)))
+        off_scale = sum(
+            one.suites[suite].difference_rate is not None and not _moved(summary, one)
+            for one in shown
+            if suite in one.suites
+        )
+        panels.append(Panel(suite, dots, len(drawn) - len(dots) - off_scale, off_scale))
     return tuple(panels)
 
 
@@ -171,7 +209,7 @@ def draw_crowd(summary: Summary, axes: Axes) -> dict[str, tuple[str, ...]]:
     Returns:
         One SVG path a bound, empty where no square holds so many.
     """
-    shades = {}
+    shades, least = {}, least_shift(summary)
     for suite in summary.suites:
         points = np.array(
             [
@@ -180,6 +218,7 @@ def draw_crowd(summary: Summary, axes: Axes) -> dict[str, tuple[str, ...]]:
                 if (general := one.suites.get(summary.general)) is not None
                 and (rate := one.suites.get(suite)) is not None
                 and general.shift is not None
+                and general.shift >= least
                 and rate.difference_rate is not None
             ],
             dtype=float,

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from ray_auditor.report.html import write_html
+from tests.report.large_sweep import LargeSweep
 from tests.report.page import UNFOLD, Scheme, opened
 
 SCROLLED = """one => new Promise(done => {
@@ -16,6 +17,7 @@ SCROLLED = """one => new Promise(done => {
   look();
 })"""
 Role = Literal["banner", "navigation", "main", "contentinfo"]
+A4_LESS_MARGINS = 718  # pixels: 190 mm
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
 
 
@@ -94,6 +96,22 @@ def test_paper_is_light_and_shows_what_is_folded(browser: Browser, report: Path)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 246)"
         assert page.locator("table.rates").evaluate("one => one.getBoundingClientRect().height") > 100
         assert page.pdf()[:4] == b"%PDF"
+
+
+@pytest.mark.parametrize("num_suites", [7, 20])
+def test_no_column_falls_off_the_paper(
+    browser: Browser, report: Path, tmp_path: Path, num_suites: int
+) -> None:
+    path = report
+    if num_suites == 20:
+        path = tmp_path / "wide.html"
+        write_html(LargeSweep(60, num_suites), path)
+    with opened(browser, path, width=A4_LESS_MARGINS) as page:
+        page.emulate_media(media="print")
+        assert page.locator("table.rates thead th").count() == 2 + num_suites
+        right = "all => all.map(one => [one.innerText, one.getBoundingClientRect().right])"
+        ends = page.locator("table :is(th, td)").evaluate_all(right)
+        assert [text for text, end in ends if end > A4_LESS_MARGINS + 0.5] == []
 
 
 def test_a_thousand_candidates_open_quickly(

@@ -68,6 +68,40 @@ def test_a_panel_puts_each_candidate_at_its_shift_and_rate(summary: dict[str, An
     assert sum(dot.flagged for panel in panels for dot in panel.dots) == len(read.flags)
 
 
+def test_one_that_hardly_changed_neither_stretches_the_axes_nor_is_lost(summary: dict[str, Any]) -> None:
+    small = next(row for row in summary["candidates"] if row["id"] == "tulu-mini")
+    before = figure.fit_axes(read_summary(summary))
+    for name, cell in small["suites"].items():
+        cell["shift"] = 0.31  # 1% of 32 is 0.32
+        if name != "general":
+            cell |= {"difference_rate": 3.0, "ci_low": 2.0, "ci_high": 4.0}
+    read = read_summary(summary)
+    axes = figure.fit_axes(read)
+    assert axes.y.high <= before.y.high
+    for panel in figure.draw_panels(read, read.audited, axes):
+        assert (panel.off_scale, panel.undetermined) == (1, 1)
+        assert "tulu-mini" not in {dot.candidate.id for dot in panel.dots}
+    page = render_html(summary)
+    assert page.count("<small>1 off scale</small>") == len(read.suites)
+    assert "a general shift below 0.32, 1% of k" in page
+    for name in ("general", *read.suites):
+        small["suites"][name]["shift"] = 0.33
+    assert figure.fit_axes(read_summary(summary)).y.high >= 4.0
+
+
+def test_a_name_stands_on_the_side_where_it_lies_over_fewer_dots(summary: dict[str, Any]) -> None:
+    flagged, near = "smol-legal-lora-r8", "tulu-mini"
+    rows = {row["id"]: row for row in summary["candidates"]}
+    rows[flagged]["suites"]["general"]["shift"] = 4.0
+    for shift, left in ((4.4, True), (3.6, False)):
+        rows[near]["suites"]["general"]["shift"] = shift
+        rows[near]["suites"]["legal"]["difference_rate"] = rows[flagged]["suites"]["legal"]["difference_rate"]
+        read = read_summary(summary)
+        panels = figure.draw_panels(read, read.audited, figure.fit_axes(read))
+        panel = next(panel for panel in panels if panel.suite == "legal")
+        assert next(dot for dot in panel.dots if dot.named).label_left == left
+
+
 def test_names_do_not_cover_each_other() -> None:
     read = read_summary(LargeSweep(30_000, 2))
     axes = figure.fit_axes(read)
