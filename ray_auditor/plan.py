@@ -66,8 +66,6 @@ class Plan:
 
     def describe_work(self) -> dict[str, Any] | None:
         """What the units that ran took, and what was fetched for them; None when none ran."""
-        if self.arrivals is not None:
-            self.work.fetch_s, self.work.fetched_bytes = self.arrivals.fetch_s, self.arrivals.fetched_bytes
         return self.work.describe()
 
     @property
@@ -82,8 +80,9 @@ class Plan:
 
     @cached_property
     def units(self) -> frozenset[str]:
-        """Keys of the distinct contents that are here, the base's own left out."""
-        return frozenset(row.unit.key for row in self.rows if row.unit) - {self.base_unit.key}
+        """Keys of the distinct contents that are here and not put off, the base's own left out."""
+        found = frozenset(row.unit.key for row in self.rows if row.unit and row.status == "admitted")
+        return found - {self.base_unit.key}
 
     def unit_of(self, candidate_key: str) -> Unit:
         """The unit of other weights under everything else of this sweep."""

@@ -71,16 +71,19 @@ def check_screen(plan: Plan) -> None:
         )
 
 
-def clear(plan: Plan, small: Plan, failures: Failures) -> Plan:
+def clear(plan: Plan, small: Plan, failures: Failures) -> tuple[Plan, dict[str, CandidateError]]:
     """The second stage: `plan` without the candidates that the first one cleared.
 
     Who has no score there, because it failed, does not fit the SAE, or there are too few to compare with, is
-    not cleared.
+    not cleared. Nor is what was run on every prompt before, under another name.
 
     Args:
         plan: The whole sweep.
         small: Its first stage, once it has run.
         failures: Of the first stage, by unit key.
+
+    Returns:
+        The plan, whose cleared rows say what their weights are, and why each was cleared, by unit key.
     """
     config, general = plan.config, small.suites.names[0]
     reduced = reduce_committed(small, failures)
@@ -99,13 +102,18 @@ def clear(plan: Plan, small: Plan, failures: Failures) -> Plan:
         for name, one in population.standings.items()
         if one.p is not None and one.score is not None and one.score < bound
     }
-    return plan.without(
-        {
-            plan.waiting[name]: _screened(small, score, bound)
-            for name, score in scores.items()
-            if name in plan.waiting
-        }
-    )
+    whole = {row.id: plan.unit_of(row.unit.candidate_key) for row in small.candidates if row.unit}
+    units = {
+        plan.waiting[name]: (whole[name], _screened(small, score, bound))
+        for name, score in scores.items()
+        if name in plan.waiting and whole[name] != plan.base_unit and not plan.store.has(whole[name].key)
+    }
+    rest = plan.without({key: why for key, (_, why) in units.items()})
+    rows = [
+        replace(row, unit=units[plan.waiting[row.id]][0]) if plan.waiting.get(row.id) in units else row
+        for row in rest.rows
+    ]
+    return replace(rest, rows=tuple(rows)), {unit.key: why for unit, why in units.values()}
 
 
 def _screened(small: Plan, score: float, bound: float) -> CandidateError:

@@ -56,7 +56,8 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
     if config.screen.share is not None:
         small = screen_of(plan)
         failures = execute(small, "screen: ")
-        plan = clear(plan, settle(small), failures)
+        plan, cleared = clear(plan, settle(small), failures)
+        refused |= cleared
         lease.check()
     failures = execute(plan)
     lease.check()
@@ -89,7 +90,8 @@ def execute(plan: Plan, stage: str = "") -> dict[str, CandidateError | str]:
         soft_wrap=True,
     )
     failures: dict[str, CandidateError | str] = {}
-    if (arrivals or any(row.unit for row in plan.candidates)) and (arrivals or todo or stages):
+    here = any(row.unit and row.status == "admitted" for row in plan.candidates)
+    if (arrivals or here) and (arrivals or todo or stages):
         num_units = len(plan.units) + len(bases) + num_groups
         metrics = Metrics(Path(config.out_dir), plan.work.describe)
         with (
@@ -108,7 +110,10 @@ def execute(plan: Plan, stage: str = "") -> dict[str, CandidateError | str]:
                 )
             except BaseFailed as error:
                 # Nothing can be compared, so nothing is audited, whatever an earlier run left committed.
-                failures = {row.unit.key: error.refusal or str(error) for row in plan.rows if row.unit}
+                failures = {key: error.refusal or str(error) for key in plan.units | {plan.base_unit.key}}
+    if arrivals:
+        plan.work.fetch_s += arrivals.fetch_s
+        plan.work.fetched_bytes += arrivals.fetched_bytes
     return failures
 
 

@@ -49,7 +49,8 @@ def test_who_scores_low_on_some_prompts_is_screened_and_has_no_numbers(hub: Hub)
         assert row["status"] == "screened"
         assert row["reason"].startswith("screened:cleared: score ")
         assert "on 9 prompts, below 1.2; the others did not run" in row["reason"]
-        assert (row["suites"], row["score"], row["p"], row["unit_key"]) == ({}, None, None, None)
+        assert (row["suites"], row["score"], row["p"], row["rivals"]) == ({}, None, None, None)
+        assert not Store(hub.out / "store").has(row["unit_key"])
     planted = hub.row("planted")
     assert planted["status"] in ("ok", "flagged")
     assert planted["score"] is not None
@@ -85,6 +86,25 @@ def test_a_second_night_runs_nothing_again(hub: Hub) -> None:
     assert hub.sweep() in (0, 1)
     assert hub.commits == before
     assert [row["status"] for row in hub.summary["candidates"]] == [row["status"] for row in rows]
+    assert {row["why"] for row in hub.summary["candidates"]} == {"unchanged"}
+
+
+def test_why_knows_the_weights_of_who_was_screened(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(hub.out, tmp_path / "out")
+    shutil.copytree(hub.candidates, tmp_path / "candidates")
+    make_adapter(tmp_path / "candidates" / "benign-again", hub.base, seed=1, scale=0.045)
+    changed = [f"out_dir={tmp_path / 'out'}", f"candidates.path={tmp_path / 'candidates'}"]
+
+    def rows() -> dict[str, tuple[str, str]]:
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        return {row["id"]: (row["status"], row["why"]) for row in summary["candidates"]}
+
+    assert hub.sweep(*changed) in (0, 1)
+    assert rows()["benign"] == ("screened", "unchanged")
+    assert rows()["benign-again"] == ("screened", "changed weights")
+    assert hub.sweep(*changed, "screen.share=null") in (0, 1)
+    assert rows()["benign"][0] in ("ok", "flagged")
+    assert {why for _, why in rows().values()} == {"unchanged"}
 
 
 def test_candidates_from_a_hub_are_fetched_once_for_both_stages(
@@ -107,6 +127,8 @@ def test_candidates_from_a_hub_are_fetched_once_for_both_stages(
         assert rows["org/calm"]["status"] == "screened"
         assert rows["org/loud"]["status"] in ("ok", "flagged")
         assert UNVERIFIED in rows["org/loud"]["reason"]
+        fetched = json.loads((out / "summary.json").read_text())["work"]["fetch"]["num_bytes"]
+        assert fetched == sum(server.bytes_sent.values()) > 0  # the first stage's too
         asked = [path for path in server.requests if "/org/calm/resolve/" in path]
         assert len(set(asked)) == len(asked) == 3  # its config, its weights, and where they were redirected
         assert server.count("/org/loud/resolve/") > 0
