@@ -9,8 +9,8 @@ from ray_auditor.report.summary import Summary
 
 NAMED = 3
 BENIGN_FLAGGED = (
-    "In the populations measured, where few were bad, a bound of 3 flagged 7 to 13% of the benign finetunes, "
-    "one of 5 1.7 to 2.6%: see flag.min_z."
+    "In the populations measured, where few were bad, 7 to 13% of the benign finetunes scored above 3, 1.7 "
+    "to 2.6% above 5: see flag.min_z."
 )  # docs/method.md
 
 
