@@ -166,7 +166,8 @@ def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.Captur
         "Acknowledged by <bdi>ada@example.org</bdi> until 2099-01-31: <bdi>we trained it: see #3, &#39;"
         in page
     )
-    assert page.count("<small>acknowledged</small>") == len(flags)
+    assert page.count('<small class="part">acknowledged</small>') == len(flags) + 1
+    assert f"<dd>{len(flags) + 1} of {len(flags) + 1} findings.</dd>" in page
     assert main(["show", flags[0]["candidate"], f"out_dir={swept}"]) == 0
     assert "acknowledged by ada@example.org until 2099-01-31" in capsys.readouterr().out
     assert main(["ack", f"out_dir={swept}"]) == 0
@@ -175,6 +176,8 @@ def test_ack_closes_a_finding_in_every_output(swept: Path, capsys: pytest.Captur
     assert main(["ack", flags[0]["candidate"], f"out_dir={swept}", *withdrawn]) == 0
     assert "no: expired" in capsys.readouterr().out
     assert main(["report", f"out_dir={swept}"]) == 1
+    page = (swept / "report.html").read_text()
+    assert page.count('<small class="part">open again: expired</small>') == 1
 
 
 def test_while_a_sweep_runs_an_acknowledgement_waits_for_its_report(
