@@ -7,7 +7,7 @@ whose activations the plain loop itself cannot tell apart within fp32 rounding. 
 benchmarks/results/oracle_cpu_<date>.json.
 """
 
-# Shape suffixes: T tokens of one prompt, K = kept features.
+# Shape suffixes: T tokens of one prompt, D = d_in, F = d_sae, K = kept features.
 
 import json
 import platform
@@ -30,7 +30,10 @@ TIE = 2e-5  # of a token's largest activation
 def plain_features(
     path: Path, base: Path, layer: int, sae: Any, prompts: list[SuitePrompt], k: int
 ) -> list[Any]:
-    """(values, indices) of the k largest activations and all activations, one entry a prompt."""
+    """(values, indices) of the k largest activations and all pre-activations, one entry a prompt.
+
+    A TopK SAE sets what it does not keep to 0: only the pre-activations tell how near that came.
+    """
     if (path / "adapter_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
@@ -45,8 +48,11 @@ def plain_features(
     for prompt in prompts:
         with torch.no_grad():
             model.model(torch.tensor([prompt.token_ids]))
-            acts = sae.encode(caught.pop().reshape(-1, sae.cfg.d_in))
-        found.append((*acts.topk(k), acts))
+            resid_TD = caught.pop().reshape(-1, sae.cfg.d_in)
+            pre_TF = sae.process_sae_in(resid_TD) @ sae.W_enc + sae.b_enc
+            if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+                pre_TF = pre_TF * sae.W_dec.norm(dim=-1)
+            found.append((*sae.encode(resid_TD).topk(k), pre_TF))
     return found
 
 
@@ -82,9 +88,9 @@ def main() -> None:
         return set(indices[position][values[position] > 0].tolist())
 
     def tied(features: list[Any], number: int, position: int, differing: set[int]) -> bool:
-        values, _, acts = features[number]
+        values, _, pre_TF = features[number]
         largest, smallest = values[position][0], values[position][-1]
-        return all(abs(acts[position][feature] - smallest) <= TIE * largest for feature in differing)
+        return all(abs(pre_TF[position][feature] - smallest) <= TIE * largest for feature in differing)
 
     ours_base = sets(base_rows, at_base)
     for row in summary["candidates"]:
