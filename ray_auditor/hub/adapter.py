@@ -73,7 +73,7 @@ def read_adapter(folder: Path, base: BaseModel, *, num_layers: int, max_lora_ran
         folder: An untrusted folder.
         base: The model it must fit. Every module is checked, also above the hook.
         num_layers: Layers the audit runs; what adapts later ones is not returned.
-        max_lora_rank: The largest rank the engine holds buffers for; a merged one needs none.
+        max_lora_rank: The largest rank that is admitted; a merged one may have any.
 
     Raises:
         CandidateError: `rejected:` with `adapter_config`, `adapter_shape`, `wrong_base`, `lora_bounds`,
@@ -163,7 +163,7 @@ def _check_whole(
 
 
 def _kinds_beyond_lora(modules: Mapping[str, LoraModule], parts: _Parts, config: AdapterConfig) -> list[str]:
-    """What vLLM cannot apply of what lies at or below the hook, in words."""
+    """What two products beside a weight cannot apply, of what lies at or below the hook, in words."""
     leaves = {name.rpartition(".")[2] for name in parts.whole}
     return [
         kind

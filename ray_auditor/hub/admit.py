@@ -72,7 +72,7 @@ def admit(candidate: Candidate, base: BaseModel, *, num_layers: int, max_lora_ra
         candidate: As `list_folder` found it.
         base: As `open_base` opened it.
         num_layers: Layers the audit runs: the hook's layer for resid_pre, one more for resid_post.
-        max_lora_rank: The largest rank the engine holds buffers for.
+        max_lora_rank: The largest rank that is admitted.
 
     Returns:
         Admitted: the tensors to read, what identifies them, and notes for the report.

@@ -184,7 +184,7 @@ def test_C09_imports(hub, audit_events, seen) -> None:
     "IA3, VeRA, prompt tuning, embeddings, random starts; DoRA, PiSSA, whole modules; rsLoRA",
     demanded="what is not supported is skipped by name",
     seen="skipped:adapter_type; rejected:adapter_config; ok, noted; ok",
-    why="what vLLM cannot apply is merged, and says so; one whose tensors contradict its config is rejected",
+    why="what is no plain LoRA is merged, and says so; one whose tensors contradict its config is rejected",
 )
 def test_C10_kinds(hub, seen) -> None:
     for i, kind in enumerate(("IA3", "VERA", "PROMPT_TUNING", None)):
