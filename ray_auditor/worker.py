@@ -5,7 +5,7 @@
 import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,9 +154,12 @@ class Worker:
         with self._staging:
             loaded = self._engine.load(assignment.candidate)
         started = time.perf_counter()
-        weighing = self._host.submit(self._weigh, assignment.candidate)  # while the device works
+        weighing: Future[dict[str, float | None]]
         if self._engine.computes_on_host:  # two teams of threads on the same cores would only take turns
-            wait([weighing])
+            weighing = Future()
+            weighing.set_result(self._weigh(assignment.candidate))
+        else:
+            weighing = self._host.submit(self._weigh, assignment.candidate)  # while the device works
         begun = time.perf_counter()
         suites = self._spec.suites.suites
         recording = None

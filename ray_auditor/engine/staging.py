@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, set_num_threads  # by its own name: vLLM replaces torch's on a CPU
 
 from ray_auditor.engine.parameters import Checksum, ParameterMap, SwapError, checksums
 from ray_auditor.hub import TensorSource
@@ -43,7 +43,9 @@ class Staging:
                 of the base. A model that needs more is not read ahead.
         """
         self._places = places
-        self._readers = ThreadPoolExecutor(min(MAX_READERS, max(1, torch.get_num_threads() // 2)), "staging")
+        # One thread each: a second team of OpenMP's makes the one that computes sleep between its loops.
+        num_readers = min(MAX_READERS, max(1, torch.get_num_threads() // 2))
+        self._readers = ThreadPoolExecutor(num_readers, "staging", set_num_threads, (1,))
         on_gpu = places.device.type == "cuda"
         self._stream = torch.cuda.Stream(places.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._num_copies = budget_bytes // places.num_bytes
