@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,38 @@ from tests.hub.hub_server import HubServer, answer, garble, serving, stall
 from tests.test_sweep import Hub, plant_digits
 from tests.tiny import make_adapter, make_model
 
-TOKEN, AWS_KEY = "hf_sentinelsentinelsentinel", "aws+sentinelsentinel"
+SECRET = f"sentinel{uuid.uuid4().hex}"  # other tests on this machine have other ones
+TOKEN, AWS_KEY = f"hf_{SECRET}", f"aws+{SECRET}"
+
+
+@contextmanager
+def watching(shown_by: dict[int, str]) -> Iterator[None]:
+    """Note what every process of this machine shows of the secret meanwhile."""
+    ended = threading.Event()
+
+    def look() -> None:
+        for process in psutil.process_iter():
+            try:
+                shown = repr(process.cmdline())
+                if process.pid != os.getpid():
+                    shown += repr(process.environ())
+            except (psutil.Error, OSError):
+                continue
+            if SECRET in shown:
+                shown_by[process.pid] = shown
+
+    def watch() -> None:
+        look()
+        while not ended.wait(0.2):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 class Nights:
@@ -37,29 +71,10 @@ class Nights:
         self.processes: dict[int, str] = {}
 
     def sweep(self, *more: str) -> int:
-        """Run a sweep, and note what every process of this machine shows of itself meanwhile."""
+        """Run a sweep under watch."""
         self.server.requests.clear()
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(0.2):
-                for process in psutil.process_iter():
-                    try:
-                        shown = repr(process.cmdline())
-                        if process.pid != os.getpid():
-                            shown += repr(process.environ())
-                    except (psutil.Error, OSError):
-                        continue
-                    if "sentinel" in shown:
-                        self.processes[process.pid] = shown
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
+        with watching(self.processes):
             return main(["sweep", *self.arguments, *more])
-        finally:
-            ended.set()
-            watcher.join()
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["id"]: row for row in self.hub.summary["candidates"]}
@@ -223,11 +238,11 @@ def test_plan_says_what_would_be_fetched(
 def test_a_token_that_is_not_accepted_is_a_usage_error(
     nights: Nights, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_sentinelwrong")
+    monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}wrong")
     assert main(["plan", *nights.arguments]) == 4
     said = capfd.readouterr()
     assert "HF_TOKEN must be a token" in said.err
-    assert "sentinel" not in said.err + said.out
+    assert SECRET not in said.err + said.out
 
 
 def test_a_hub_that_does_not_answer_ends_the_night(
@@ -248,4 +263,16 @@ def test_no_secret_is_written_or_shown_anywhere(nights: Nights) -> None:
     written = [path for root in (nights.hub.out, *logs) for path in root.rglob("*") if path.is_file()]
     for path in written:
         data = path.read_bytes()
-        assert b"sentinel" not in data, path
+        assert SECRET.encode() not in data, path
+
+
+def test_a_process_that_shows_the_secret_is_seen_and_another_test_s_is_not() -> None:
+    shown_by: dict[int, str] = {}
+    environments = ({"HF_TOKEN": TOKEN}, {"HF_TOKEN": "hf_sentinelsentinelsentinel"})
+    processes = [subprocess.Popen(["sleep", "60"], env=one, start_new_session=True) for one in environments]
+    with watching(shown_by):
+        pass
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert shown_by.keys() == {processes[0].pid}
