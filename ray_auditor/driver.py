@@ -52,6 +52,7 @@ class Landing(NamedTuple):
     flight: Flight
     outcome: Ran | CandidateError | str
     is_spared: bool = False  # it only shared a worker with one that failed
+    is_suspect: bool = False  # its worker died with another under way, and which of them did it is not known
 
     @property
     def is_own_fault(self) -> bool:
@@ -70,6 +71,7 @@ class Fleet:
         self._workers = [start_worker() for _ in range(config.num_workers)]
         self._flying: dict[Any, Flight] = {}
         self._stopped: set[Any] = set()  # by us, for the error of one assignment
+        self._died: set[Any] = set()  # with more than one under way
 
     @property
     def names(self) -> list[str]:
@@ -80,9 +82,12 @@ class Fleet:
         """Give an assignment to the worker with the most room; False when none has any.
 
         A second attempt shares its worker with nothing: should it kill that one too, no other is suspected.
+        Where a worker is gone and no other is idle, a fresh one is started.
         """
         load = Counter(flight.worker for flight in self._flying.values())
         alone = {flight.worker for flight in self._flying.values() if flight.attempt > 1}
+        if len(self._workers) < self._config.num_workers and all(load[worker] for worker in self._workers):
+            self._workers.append(self._start_worker())
         most = IN_FLIGHT if attempt == 1 else 1
         able = [worker for worker in self._workers if load[worker] < most and worker not in alone]
         if not able:
@@ -94,7 +99,7 @@ class Fleet:
         return True
 
     def land(self) -> Iterator[Landing]:
-        """The flights that ended, after a short wait; a worker whose engine is in doubt is replaced."""
+        """The flights that ended, after a short wait; a worker whose engine is in doubt is ended."""
         if not self._flying:
             return
         ready, waiting = ray.wait(list(self._flying), num_returns=1, timeout=POLL_S)
@@ -112,11 +117,13 @@ class Fleet:
                 continue
             is_spared = flight.worker in self._stopped
             if flight.worker in self._workers:
-                self._workers[self._workers.index(flight.worker)] = self._start_worker()
+                self._workers.remove(flight.worker)
                 ray.kill(flight.worker)
-                if not has_died:  # else whatever it ran is suspected
+                if not has_died:
                     self._stopped.add(flight.worker)
-            yield Landing(flight, outcome, is_spared)
+                elif any(other.worker == flight.worker for other in self._flying.values()):
+                    self._died.add(flight.worker)
+            yield Landing(flight, outcome, is_spared, flight.worker in self._died)
 
 
 def run_stages(
@@ -130,8 +137,9 @@ def run_stages(
     """Run every stage's assignments, each stage after the one before; keep every worker busy.
 
     The largest go first, two to a worker. A worker that raised, died, or overran a deadline holds an engine
-    in an unknown state: it is replaced. The assignment at fault is tried again on a fresh one up to
-    `cluster.max_attempts` times, unless the fault is the candidate's own.
+    in an unknown state: it is ended, and replaced when there is more to run and time for it. The assignment
+    at fault is tried up to `cluster.max_attempts` times, unless the fault is the candidate's own. When a
+    worker dies, either of two may be at fault: none is given up before it ran with a worker of its own.
 
     Args:
         stages: What to run.
@@ -193,7 +201,7 @@ def run_stages(
                         end(task, landing.outcome)
                     elif refusal := meter.refuse_unit():
                         end(task, refusal)
-                    elif attempt < config.max_attempts:
+                    elif attempt < config.max_attempts or landing.is_suspect:
                         queue.append((task, attempt + 1))
                     else:
                         end(task, landing.outcome)

@@ -9,20 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def put_file(target: Path, data: bytes | memoryview, *, temp: Path, replace: bool) -> bool:
+def put_file(target: Path, data: bytes | memoryview, *, temp: Path | None = None, replace: bool) -> bool:
     """Make `target` hold `data`, synced; False when it exists and `replace` is not set.
 
     Args:
         target: On the filesystem of `temp`.
         data: All of it.
-        temp: Folder for the file while it is written.
+        temp: Folder for the file while it is written, whose owner removes what killed writers left there.
+            None: beside `target`, where the next to write that does.
         replace: Whether an earlier file makes way.
 
     Raises:
         ValueError: The filesystem has no hard links.
         OSError: The write failed; nothing is left of it.
     """
-    with _locked_temp(temp) as (path, descriptor):
+    prefix = "" if temp else f".{target.name}."
+    if temp is None:
+        for left in target.parent.glob(f"{prefix}*"):
+            remove_if_stale(left)
+    with _locked_temp(temp or target.parent, prefix) as (path, descriptor):
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -81,10 +86,10 @@ def remove_if_stale(temp: Path) -> None:
 
 
 @contextmanager
-def _locked_temp(folder: Path) -> Iterator[tuple[Path, int]]:
+def _locked_temp(folder: Path, prefix: str) -> Iterator[tuple[Path, int]]:
     """A new file whose lock says that its writer lives: the kernel drops the lock with the process."""
     while True:
-        temp = folder / uuid.uuid4().hex
+        temp = folder / f"{prefix}{uuid.uuid4().hex}"
         descriptor = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:  # 0: removed as stale between open and lock

@@ -83,7 +83,7 @@ def write_outputs(summary: Mapping[str, Any], out_dir: Path) -> dict[str, Any]:
     }
     temp = out_dir / "store" / "tmp"
     for name in OUTPUTS:
-        put_file(out_dir / name, rendered[name], temp=temp if temp.is_dir() else out_dir, replace=True)
+        put_file(out_dir / name, rendered[name], temp=temp if temp.is_dir() else None, replace=True)
     Metrics(out_dir).conclude(read_back)
     return read_back
 

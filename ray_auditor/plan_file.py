@@ -66,7 +66,7 @@ def write_plan(plan: Plan, forecast: Forecast) -> Path:
     path = Path(plan.config.out_dir) / FILE_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        put_file(path, json.dumps(value, indent=1, allow_nan=False).encode(), temp=path.parent, replace=True)
+        put_file(path, json.dumps(value, indent=1, allow_nan=False).encode(), replace=True)
     except OSError as error:
         raise ValueError(
             f"out_dir must be a folder that can be written, got {path.parent}: {error}"

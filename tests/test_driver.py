@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from ray_auditor import driver
 from ray_auditor.budget import Limits, Meter
 from ray_auditor.cluster import cluster
 from ray_auditor.config import ClusterConfig
-from ray_auditor.driver import BaseFailed, run_stages
+from ray_auditor.driver import BaseFailed, Fleet, run_stages
 from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
@@ -127,6 +128,16 @@ def test_those_who_share_a_worker_with_one_that_fails_do_not_fail_with_it(run: A
     assert failures.keys() == {one.name for one in bad}
 
 
+@pytest.mark.parametrize("max_attempts", [1, 2])
+def test_who_is_under_way_beside_one_that_kills_its_worker_every_time_is_not_blamed(
+    run: Any, max_attempts: int
+) -> None:
+    fine = [task(f"fine-{number}") for number in range(3)]
+    failures, log = run([task("die-1", 9), *fine], num_workers=1, max_attempts=max_attempts)
+    assert failures.keys() == {"die-1"}
+    assert log.count("die-1") == 2  # with another, and on its own
+
+
 def test_a_unit_that_was_not_begun_on_a_spoilt_engine_is_run_again_and_not_blamed(run: Any) -> None:
     failures, log = run([task("doubtonce-1"), task("fine-1")], max_attempts=1)
     assert failures == {}
@@ -216,6 +227,32 @@ def test_a_budget_that_is_used_up_defers_the_rest_and_gives_the_device_back(run:
         "hang-2": "deferred:max_gpu_hours:",
         "hang-3": "deferred:max_gpu_hours:",
     }
+
+
+def test_a_worker_is_replaced_when_there_is_more_to_run_and_time_for_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    begun: list[Any] = []
+
+    def begin() -> Any:
+        begun.append(ray.remote(Unruly).options(num_cpus=0.5, max_concurrency=2).remote(str(log), 0.0))
+        return begun[-1]
+
+    fleet = Fleet(begin, ClusterConfig(num_workers=1), budget(log, "hang-1"))
+
+    def land() -> Iterator[str]:
+        deadline = time.monotonic() + 30
+        while fleet.names:
+            assert time.monotonic() < deadline
+            yield from (landing.flight.assignment.name for landing in fleet.land())
+
+    assert fleet.launch(task("refuse-1"), 1)
+    assert [*land()] == ["refuse-1"]
+    assert len(begun) == 1  # nothing waits
+    assert fleet.launch(task("hang-1"), 1)
+    assert len(begun) == 2
+    assert [*land()] == ["hang-1"]
+    assert len(begun) == 2  # the time is over
 
 
 def test_a_second_run_goes_on_with_what_the_first_left_of_the_budget(run: Any, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,19 @@ def test_a_folder_is_held_to_what_it_was(
     shutil.copy(audit.hub.root / "a2" / "adapter_model.safetensors", folder / "a1")
     assert main(["sweep", *arguments, f"plan={audit.hub.out}/plan.json"]) == 4
     assert "a1 (was nothing, is audit)" in capfd.readouterr().err
+
+
+def test_what_a_killed_plan_left_is_gone_with_the_next(audit: Audit, tmp_path: Path) -> None:
+    candidates = tmp_path / "candidates"
+    shutil.copytree(audit.hub.root / "a1", candidates / "a1")
+    arguments = ["plan", *audit.hub.arguments[1:], f"candidates.path={candidates}", f"out_dir={tmp_path}/out"]
+    killed = (
+        "import os; from ray_auditor.__main__ import main; "
+        f"os.replace = lambda *_: os.kill(os.getpid(), 9); main({arguments!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert main(arguments) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ledger.sqlite", "plan.json"}
 
 
 def test_a_file_that_is_no_plan_is_named(audit: Audit, capfd: Any) -> None:

@@ -80,8 +80,8 @@ class Metrics:
         told = [*samples, ("ray_auditor_updated_timestamp_seconds", {}, self.now())]
         lines = _render([(name, sweep | dict(labels), value) for name, labels, value in told], kept)
         temp = self.path.parent / "store" / "tmp"
-        folder = temp if temp.is_dir() else self.path.parent
-        put_file(self.path, "".join(lines).encode(), temp=folder, replace=True)
+        data = "".join(lines).encode()
+        put_file(self.path, data, temp=temp if temp.is_dir() else None, replace=True)
 
 
 _FOUND = {
