@@ -69,6 +69,7 @@ class Pages:
             "row": row,
             "ran": ran,
             "suite": suite,
+            "general": self.store.suites[0],
             "rates": self._rates(row["id"]),
             "features": self.store.features(row["id"], suite).to_pylist() if ran else [],
             "prompts": self.shifts(row["id"], suite)[:PROMPTS] if ran else [],

@@ -23,7 +23,7 @@ import ray_auditor
 from ray_auditor.__main__ import main
 from ray_auditor.drilldown import view_prompt
 from ray_auditor.outputs import write_outputs
-from ray_auditor.report.number import decimal, signed
+from ray_auditor.report.number import decimal, percent, signed
 from ray_auditor.report.printable import printable
 from ray_auditor.serve.guard import HEADERS
 from tests import made_store
@@ -135,8 +135,13 @@ def test_a_flag_is_followed_down_to_the_token_by_links(page: Page, port: int, ou
     assert page.get_by_role("heading", level=1).inner_text() == PLANTED
     store = ray_auditor.open_store(out_dir)
     rates = {row["suite"]: row for row in store.rates().to_pylist() if row["candidate"] == PLANTED}
-    for suite, z, _, shift, *_ in cells(page):
-        assert (z, shift) == (signed(rates[suite]["z"]), decimal(rates[suite]["shift"]))
+    for suite, z, miss_z, shift, rate, ends, *_ in cells(page):
+        one = rates[suite]
+        assert shift == decimal(one["shift"])
+        if suite == "general":  # what the others are held to has no rate of its own
+            assert {z, miss_z, rate, ends} == {"–"}
+        else:
+            assert (z, rate) == (signed(one["z"]), percent(one["difference_rate"]))
     top = cells(page, 1)[0]
     assert top[:3] == [str(PLANTED_FEATURE), "0.0000", "1.0000"]
     address = page.url
