@@ -139,7 +139,7 @@ def test_a_flag_is_followed_down_to_the_token_by_links(page: Page, port: int, ou
         one = rates[suite]
         assert shift == decimal(one["shift"])
         if suite == "general":  # what the others are held to has no rate of its own
-            assert {z, miss_z, rate, ends} == {"–"}
+            assert {z, miss_z, rate, ends} == {"\u2013"}
         else:
             assert (z, rate) == (signed(one["z"]), percent(one["difference_rate"]))
     top = cells(page, 1)[0]
