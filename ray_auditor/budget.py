@@ -15,6 +15,7 @@ from statistics import median
 from ray_auditor.budget_config import BudgetConfig
 from ray_auditor.config import ClusterConfig
 from ray_auditor.hub import CandidateError
+from ray_auditor.usage import NOTHING, Usage
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def defer_beyond(
     jobs: Sequence[Job],
     limits: Limits,
     *,
-    spent_s: float = 0.0,
+    used: Usage = NOTHING,
     seconds_of: Callable[[Job], float] | None = None,
 ) -> dict[str, CandidateError]:
     """Choose what fits, in order.
@@ -89,14 +90,14 @@ def defer_beyond(
     Args:
         jobs: What there is to do.
         limits: What it may use.
-        spent_s: Seconds of devices that go before any of it.
+        used: What goes before any of it.
         seconds_of: Expected seconds of devices of one; None: not known, so nothing is deferred for them.
 
     Returns:
         By key, why a job is deferred.
     """
     moved: set[str] = set()
-    num_bytes = 0
+    spent_s, num_bytes = used.device_s, used.num_bytes
     deferred: dict[str, CandidateError] = {}
     for job in jobs:
         bytes_more = sum(size for oid, size in job.files.items() if oid not in moved)
@@ -122,17 +123,23 @@ class Meter:
     Args:
         limits: What it may use.
         devices: GPUs that it holds as long as it runs.
+        used: What went before.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self, limits: Limits, devices: float, *, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: Limits,
+        devices: float,
+        *,
+        used: Usage = NOTHING,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._devices, self._clock = limits, devices, clock
         self._begun: float | None = None
-        self._used_s = 0.0  # by the clock, in the stages before
+        self._used_s = used.device_s / devices  # by the clock, in the stages before
         self._recent: deque[float] = deque(maxlen=32)
-        self._num_bytes = 0
+        self._num_bytes = used.num_bytes
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -142,15 +149,24 @@ class Meter:
 
     def end(self) -> None:
         """They are given back; what they were held for stays used when another stage starts."""
-        if self._begun is not None:
-            self._used_s += self._clock() - self._begun
+        held_s = self._held_s
         self._begun = None
+        self._used_s = held_s
+
+    @property
+    def usage(self) -> Usage:
+        """What was used so far."""
+        return Usage(self._held_s * self._devices, self._num_bytes)
 
     @property
     def time_left_s(self) -> float:
         """Seconds by the clock until the devices must be given back."""
-        now_s = 0.0 if self._begun is None else self._clock() - self._begun
-        return self._limits.device_s / self._devices - self._used_s - now_s
+        return self._limits.device_s / self._devices - self._held_s
+
+    @property
+    def _held_s(self) -> float:
+        begun = self._begun
+        return self._used_s + (0.0 if begun is None else self._clock() - begun)
 
     def landed(self, seconds: float) -> None:
         """A unit took so long by the clock."""

@@ -64,11 +64,12 @@ class Fleet:
     """The workers of a run, and what is in flight on them."""
 
     def __init__(self, start_worker: Callable[[], Any], config: ClusterConfig, meter: Meter) -> None:
-        """Start `num_workers`; from here on `meter` counts, until the run ends."""
+        """Start `num_workers`, if there is time; from here on `meter` counts, until the run ends."""
         meter.start()
         self._start_worker = start_worker
         self._config, self._meter = config, meter
-        self._workers = [start_worker() for _ in range(config.num_workers)]
+        num_workers = config.num_workers if meter.time_left_s > 0 else 0
+        self._workers = [start_worker() for _ in range(num_workers)]
         self._flying: dict[Any, Flight] = {}
         self._stopped: set[Any] = set()  # by us, for the error of one assignment
         self._died: set[Any] = set()  # with more than one under way

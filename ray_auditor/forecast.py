@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,9 @@ def within_budget(plan: Plan) -> Plan:
     jobs, model = jobs_of(plan), cost_of(plan)
     if not limits.given or not jobs:
         return plan
+    used = plan.meter.usage
     if model is None:
-        return plan.without(defer_beyond(jobs, limits))
+        return plan.without(defer_beyond(jobs, limits, used=used))
     per_unit = num_devices(config.cluster) / config.cluster.num_workers
     tokens = plan.suites.num_tokens
     upfront_s = (model.start_s + _base_seconds(plan, model)) * num_devices(config.cluster)
@@ -103,7 +104,7 @@ def within_budget(plan: Plan) -> Plan:
         defer_beyond(
             jobs,
             limits,
-            spent_s=upfront_s,
+            used=replace(used, device_s=used.device_s + upfront_s),
             seconds_of=lambda job: per_unit * model.unit_seconds(tokens, job.num_bytes),
         )
     )

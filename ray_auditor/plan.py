@@ -33,6 +33,7 @@ from ray_auditor.roster import Row as Row
 from ray_auditor.sae import Sae, load_sae
 from ray_auditor.store import Store, SuitePrompt, TokenRows, Unit
 from ray_auditor.suites import Suites, load_suites
+from ray_auditor.usage import NOTHING, read_usage
 from ray_auditor.work import Work
 from ray_auditor.worker import Assignment, WorkerSpec
 
@@ -144,7 +145,8 @@ def make_plan(
     """
     config.require_inputs(candidates=candidates)
     limits = limits_of(config.budget, device_name(config)) if candidates else Limits()
-    meter = Meter(limits, num_devices(config.cluster))
+    used = read_usage(Path(config.out_dir)) if limits.given else NOTHING
+    meter = Meter(limits, num_devices(config.cluster), used=used)
     sae = load_sae(config.sae.path, config.sae.release, config.sae.sae_id, config.sae.hook_name)
     num_layers = num_layers_of(sae)
     base = open_base(str(config.base.model))

@@ -18,6 +18,7 @@ from ray_auditor.plan_file import PlanFile, write_plan
 from ray_auditor.report.number import duration, significant
 from ray_auditor.report.printable import printable
 from ray_auditor.screen import check_screen
+from ray_auditor.usage import NOTHING
 
 EXIT_OK, EXIT_FAILED, EXIT_NOTHING = 0, 2, 3
 MAX_ROWS = 100  # of the table; plan.json has all
@@ -129,6 +130,8 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
         lines.append(
             ("GPU hours", f"{_span(forecast.gpu_hours)}: {wall} on {held}, by {forecast.cost_source}")
         )
+    if plan.meter.usage != NOTHING:
+        lines.append(("used", f"{plan.meter.usage.describe()} of the budget, by a sweep that did not end"))
     if forecast.price is not None and work:
         lines.append(("price", _span(forecast.price)))
     elif work:

@@ -26,6 +26,7 @@ from ray_auditor.report.progress import SweepProgress
 from ray_auditor.roster import keep_apart
 from ray_auditor.screen import clear, screen_of
 from ray_auditor.store import ShardError
+from ray_auditor.usage import NOTHING, kept_usage
 from ray_auditor.worker import Assignment
 
 
@@ -51,6 +52,14 @@ def run_sweep(config: AuditConfig) -> int:
 def _sweep(config: AuditConfig, lease: Lease) -> int:
     read_acknowledgements(Path(config.out_dir))  # a damaged line is named before anything runs
     plan = plan_sweep(config)
+    if plan.meter.usage != NOTHING:
+        _say(f"a sweep that did not end used {plan.meter.usage.describe()}: this one goes on with the rest")
+    with kept_usage(Path(config.out_dir), lambda: plan.meter.usage):
+        return _carry_out(plan, lease)
+
+
+def _carry_out(plan: Plan, lease: Lease) -> int:
+    config = plan.config
     check_gate(plan)
     refused = {key: CandidateError("rejected", *why) for key, why in plan.ledger.refusals().items()}
     if config.screen.share is not None:
@@ -79,15 +88,12 @@ def execute(plan: Plan, stage: str = "") -> dict[str, CandidateError | str]:
     stages = [[task] for task in bases if not plan.store.has(task.unit.key)]
     arrivals = plan.arrivals
     num_groups = len(arrivals.groups()) if arrivals else 0
-    Console().print(
+    _say(
         f"{stage}{len(plan.candidates)} candidates listed"
         + (f", {len(plan.nulls)} null members" if plan.nulls else "")
         + f", {len(plan.units)} distinct to audit: {len(plan.units) - len(todo)} "
         f"committed already and not repeated, {len(todo)} to run on {plan.suites.num_tokens} tokens each"
-        + (f"; {num_groups} to fetch first, {arrivals.num_bytes} bytes at most" if arrivals else ""),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        + (f"; {num_groups} to fetch first, {arrivals.num_bytes} bytes at most" if arrivals else "")
     )
     failures: dict[str, CandidateError | str] = {}
     here = any(row.unit and row.status == "admitted" for row in plan.candidates)
@@ -121,7 +127,7 @@ def finish(plan: Plan, failures: dict[str, CandidateError | str], refused: dict[
     """Draw the conclusion, unless it is the last one's."""
     conclusion = Conclusion(plan.ledger, plan.config, plan.rows, plan.store.root)
     if not failures and conclusion.stands():
-        Console().print("nothing is new since the last sweep: its report stands", highlight=False)
+        _say("nothing is new since the last sweep: its report stands")
         return conclusion.repeat(History(plan.ledger, plan.base_unit, plan.candidates).whys())
     try:
         exit_code = conclude(plan, refused | failures)
@@ -131,6 +137,10 @@ def finish(plan: Plan, failures: dict[str, CandidateError | str], refused: dict[
     if not failures:
         conclusion.keep()
     return exit_code
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def settle(plan: Plan) -> Plan:

@@ -9,6 +9,7 @@ from ray_auditor.budget import Job, Limits, Meter, defer_beyond, limits_of, num_
 from ray_auditor.budget_config import BudgetConfig
 from ray_auditor.config import ClusterConfig
 from ray_auditor.hub import CandidateError
+from ray_auditor.usage import Usage
 
 HOUR = 3600.0
 
@@ -65,7 +66,7 @@ def test_what_fits_is_taken_in_order_and_what_is_too_large_keeps_nobody_waiting(
 def test_expected_seconds_are_summed_in_order_with_what_goes_before() -> None:
     jobs = [Job(name, size) for name, size in (("a", 1000), ("b", 2000), ("c", 500), ("d", 9000))]
     deferred = defer_beyond(
-        jobs, limits(max_gpu_hours=1), spent_s=1200, seconds_of=lambda job: float(job.num_bytes)
+        jobs, limits(max_gpu_hours=1), used=Usage(1200), seconds_of=lambda job: float(job.num_bytes)
     )
     assert {key: error.text for key, error in deferred.items()} == {
         "b": "other candidates use up budget.max_gpu_hours=1",

@@ -19,6 +19,7 @@ from ray_auditor.driver import BaseFailed, Fleet, run_stages
 from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
 from ray_auditor.report.progress import SweepProgress
+from ray_auditor.usage import Usage
 from ray_auditor.work import Ran, Work
 from ray_auditor.worker import EngineInDoubt
 
@@ -253,6 +254,11 @@ def test_a_worker_is_replaced_when_there_is_more_to_run_and_time_for_it(tmp_path
     assert len(begun) == 2
     assert [*land()] == ["hang-1"]
     assert len(begun) == 2  # the time is over
+    Fleet(begin, ClusterConfig(num_workers=1), budget(log, "hang-1"))
+    assert len(begun) == 3
+    no_time = Meter(Limits(60.0, given={"max_gpu_hours": 1 / 60}), 1.0, used=Usage(60.0))
+    Fleet(begin, ClusterConfig(num_workers=1), no_time)
+    assert len(begun) == 3
 
 
 def test_a_second_run_goes_on_with_what_the_first_left_of_the_budget(run: Any, tmp_path: Path) -> None:

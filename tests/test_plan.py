@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 
 from ray_auditor.__main__ import main
+from ray_auditor.usage import Usage, kept_usage
 from tests.hub.hub_server import HubServer, serving
 from tests.test_sweep import Hub
 from tests.tiny import make_adapter
@@ -168,6 +169,35 @@ def test_hours_are_deferred_in_the_order_of_listing(audit: Audit, swept: dict[st
     assert {name for name, action in audit.actions.items() if action == "defer"} == {"org/a2"}
     assert audit.run("plan", "budget.max_gpu_hours=1e-9") == 4
     assert "must allow for the workers' start" in capfd.readouterr().err
+
+
+def test_a_sweep_that_was_killed_goes_on_with_what_it_left_of_the_budget(
+    audit: Audit, swept: dict[str, Any], tmp_path: Path, capfd: Any
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audit.hub.out, out)
+    shutil.rmtree(out / "cache")
+    settings = [f"out_dir={out}", "budget.max_gpu_hours=9", "budget.max_download_bytes=1000000"]
+
+    def kill(usage: Usage) -> None:
+        with pytest.raises(KeyboardInterrupt), kept_usage(out, lambda: usage):
+            raise KeyboardInterrupt
+
+    def plan() -> list[str]:
+        assert audit.run("plan", *settings) == 0
+        rows = json.loads((out / "plan.json").read_text())["rows"]
+        return [row["reason"] for row in rows if row["action"] == "defer"]
+
+    kill(Usage(3600.0, 1000))
+    assert plan() == []
+    assert "used  1 GPU hours and 1,000 bytes of the budget, by a sweep" in capfd.readouterr().out
+    kill(Usage(0.0, 999_990))
+    assert {reason.split(":")[1] for reason in plan()} == {"max_download_bytes"}
+    kill(Usage(9 * 3600.0, 0))
+    assert {reason.split(":")[1] for reason in plan()} == {"max_gpu_hours"}
+    assert audit.run("sweep", *settings) == 2  # all is put off, and with that the run has ended
+    assert "a sweep that did not end used 9 GPU hours and 0 bytes" in capfd.readouterr().out
+    assert plan() == []
 
 
 @pytest.mark.parametrize(
