@@ -2,7 +2,7 @@
 
 # Shape suffixes: R rows of a tensor, C words of a row (of 8 bytes where its length allows, else 4 or 2).
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +43,9 @@ def checksums(tensors: Sequence[Tensor]) -> list[Checksum]:
     Args:
         tensors: Dtypes of 2 or 4 bytes, any shape, all on one device.
     """
-    words = [_words(tensor) for tensor in tensors]
-    if not words or words[0].device.type == "cpu":
-        return [_sums_on_host(words_RC.numpy()) for words_RC in words]
+    if not tensors or tensors[0].device.type == "cpu":
+        return [sum_blocks([as_rows(tensor)]) for tensor in tensors]
+    words = [_words(as_rows(tensor)) for tensor in tensors]
     longest = max(max(words_RC.shape) for words_RC in words)
     column_weight = torch.arange(1, longest + 1, device=words[0].device)
     row_weight = column_weight * ROW_WEIGHT
@@ -54,8 +54,14 @@ def checksums(tensors: Sequence[Tensor]) -> list[Checksum]:
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-def _words(tensor: Tensor) -> Tensor:
-    rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+def as_rows(tensor: Tensor) -> Tensor:
+    """The matrix whose rows and columns weigh: the first dimension by all others; a vector is one row."""
+    if not tensor.numel():
+        return tensor.detach().reshape(0, 1)
+    return tensor.detach().reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
+
+
+def _words(rows: Tensor) -> Tensor:
     kind = next(kind for kind in WORDS if rows.shape[1] * rows.element_size() % kind.itemsize == 0)
     if rows.storage_offset() * rows.element_size() % kind.itemsize:
         rows = rows.clone()
@@ -73,19 +79,36 @@ def device_sums(words_RC: Tensor, column_weight: Tensor, row_weight: Tensor) -> 
     return columns_C.sum(), weighted
 
 
-def _sums_on_host(words_RC: NDArray[np.signedinteger]) -> Checksum:
-    """The same numbers, chunk by chunk: torch's integer sums on a CPU read their input six times slower."""
+def sum_blocks(blocks: Iterable[Tensor]) -> Checksum:
+    """The same numbers, of one tensor in the host's memory that comes block by block.
+
+    Args:
+        blocks: Its `as_rows`, some whole rows at a time; one is summed before the next is asked for.
+    """
+    columns_C, sums_R = np.zeros(1, np.int64), [np.zeros(0, np.int64)]
+    for rows in blocks:
+        block_C, block_R = _sums_on_host(_words(rows).numpy())
+        columns_C = columns_C + block_C
+        sums_R.append(block_R)
+    rows_R = np.concatenate(sums_R)
+    weighted_C = columns_C * np.arange(1, len(columns_C) + 1)
+    weighted_R = rows_R * (np.arange(1, len(rows_R) + 1) * np.int64(ROW_WEIGHT))
+    return int(columns_C.sum()), int(np.concatenate([weighted_C, weighted_R]).sum())
+
+
+def _sums_on_host(words_RC: NDArray[np.signedinteger]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of columns and of rows, by chunks: torch's integer sums on a CPU read their input six times slower."""
     num_rows, num_columns = words_RC.shape
     columns_C, rows_R = np.zeros(num_columns, np.int64), np.empty(num_rows, np.int64)
     step = max(1, CHUNK_WORDS // max(num_columns, 1))
+    memory = np.empty((min(step, num_rows), num_columns), np.int64)
     for start in range(0, num_rows, step):
-        chunk = words_RC[start : start + step].astype(np.int64, copy=False)
-        chunk = chunk + (chunk >> FOLD)
-        columns_C += chunk.sum(0)
-        rows_R[start : start + step] = chunk.sum(1)
-    weighted_C = columns_C * np.arange(1, num_columns + 1)
-    weighted_R = rows_R * (np.arange(1, num_rows + 1) * np.int64(ROW_WEIGHT))
-    return int(columns_C.sum()), int(np.concatenate([weighted_C, weighted_R]).sum())
+        chunk = words_RC[start : start + step]
+        folded = np.right_shift(chunk, FOLD, out=memory[: len(chunk)], dtype=np.int64)
+        folded += chunk
+        columns_C += folded.sum(0)
+        rows_R[start : start + step] = folded.sum(1)
+    return columns_C, rows_R
 
 
 class ParameterMap:

@@ -1,7 +1,7 @@
 """Admitted tensors as torch tensors, read by byte range from the very files that were admitted."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from os import preadv
 
 import torch
@@ -67,6 +67,21 @@ def iter_tensors(
             yield name, merged
 
 
+@contextmanager
+def open_tensor(spec: TensorSpec) -> Iterator[Callable[[int, Tensor], None]]:
+    """Read a tensor piece by piece into memory of the caller's; nothing read counts before this ends.
+
+    Yields:
+        function: fills contiguous CPU memory with the tensor's bytes from an offset (of bytes) on.
+
+    Raises:
+        CandidateError: `rejected:changed` when the file is not, or is no longer, the one that was admitted.
+    """
+    with reopen(spec.file) as fd:
+        yield lambda offset, memory: _fill(fd, spec, spec.start + offset, memory)
+        check_unchanged(fd, spec.file)
+
+
 def merge(
     how: MergedTensor, base_OI: Tensor, added_OR: Tensor, lora_A_RI: Tensor | None, magnitude_O: Tensor | None
 ) -> Tensor:
@@ -114,18 +129,23 @@ def _place_of(source: TensorSource) -> tuple[str, int]:
     return str(spec.file.path), spec.start
 
 
-def _read(fd: int, spec: TensorSpec) -> torch.Tensor:
-    buffer = torch.empty(spec.end - spec.start, dtype=torch.uint8)
-    view = buffer.numpy().data
+def _read(fd: int, spec: TensorSpec) -> Tensor:
+    tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    _fill(fd, spec, spec.start, tensor)
+    return tensor
+
+
+def _fill(fd: int, spec: TensorSpec, start: int, memory: Tensor) -> None:
+    """Read from byte `start` of the file until the memory is full."""
+    view = memory.view(-1).view(torch.uint8).numpy().data
     num_read = 0
     while num_read < len(view):
-        num_bytes = preadv(fd, [view[num_read:]], spec.start + num_read)
+        num_bytes = preadv(fd, [view[num_read:]], start + num_read)
         if not num_bytes:
             raise CandidateError(
                 "rejected", "changed", f"{spec.file.path.name} became shorter while it was read"
             )
         num_read += num_bytes
-    return buffer.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
 
 
-__all__ = ["iter_tensors", "read_header"]
+__all__ = ["iter_tensors", "open_tensor", "read_header"]

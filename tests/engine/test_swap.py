@@ -22,6 +22,7 @@ from ray_auditor.engine.parameters import (
     ParameterMap,
     SwapError,
     _words,
+    as_rows,
     checksums,
     device_sums,
 )
@@ -162,7 +163,7 @@ def test_one_flipped_bit_or_two_exchanged_values_change_the_checksum(data: st.Da
 def test_the_host_sums_as_the_device_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape).to(dtype)
     weight = torch.arange(1, 70_002)
-    on_device = device_sums(_words(tensor), weight, weight * ROW_WEIGHT)
+    on_device = device_sums(_words(as_rows(tensor)), weight, weight * ROW_WEIGHT)
     assert tuple(int(s) for s in on_device) == checksum(tensor)
 
 

@@ -8,7 +8,7 @@ from hub_folders import Hub, adapter_tensors, model_tensors, write_safetensors
 from safetensors.torch import load_file, save_file
 
 from ray_auditor.hub import CandidateError, open_base
-from ray_auditor.hub.checkpoint import iter_tensors, read_header
+from ray_auditor.hub.checkpoint import iter_tensors, open_tensor, read_header
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -98,6 +98,24 @@ def test_a_file_that_changes_while_it_is_read(hub: Hub, change) -> None:
     change(folder / "model.safetensors")
     with pytest.raises(CandidateError, match="rejected:changed: "):
         list(stream)
+
+
+def test_a_tensor_comes_in_pieces_too(hub: Hub) -> None:
+    spec = hub.base.tensors["model.embed_tokens.weight"]
+    read = torch.empty(spec.shape)
+    with open_tensor(spec) as fill:
+        for row in reversed(range(len(read))):
+            fill(row * read[0].nbytes, read[row])
+    np.testing.assert_array_equal(read.numpy(), model_tensors()["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("change", [rewrite, truncate])
+def test_pieces_of_a_file_that_changes_meanwhile_are_refused(hub: Hub, change) -> None:
+    folder = hub.full()
+    spec = hub.admit().tensors["model.embed_tokens.weight"]
+    with pytest.raises(CandidateError, match="rejected:changed: "), open_tensor(spec) as fill:  # noqa: PT012
+        fill(0, torch.empty(spec.shape))
+        change(folder / "model.safetensors")
 
 
 def test_files_are_closed(hub: Hub) -> None:
