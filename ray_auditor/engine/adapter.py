@@ -1,13 +1,14 @@
 """A LoRA adapter beside the live weights: two small matrix products in every layer that it changes."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, set_num_threads
 
 from ray_auditor.engine.parameters import ParameterMap, SwapError
-from ray_auditor.hub import LoraSpec, TensorSource
+from ray_auditor.hub import Admitted, LoraSpec, TensorSource
 from ray_auditor.hub.checkpoint import iter_tensors
 
 PLACE = "ray_auditor_adapter"  # attribute of a layer: its slices
@@ -26,6 +27,41 @@ def read_adapter(lora: LoraSpec, specs: Mapping[str, TensorSource], dtype: torch
         name: (state[module.lora_A].to(dtype), (state[module.lora_B].float() * module.scaling).to(dtype))
         for name, module in lora.modules.items()
     }
+
+
+class AdapterReader:
+    """Reads adapters; at most one ahead of its turn, into host memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Read for layers of a numeric type."""
+        self._dtype = dtype
+        self._thread = ThreadPoolExecutor(1, "adapter", set_num_threads, (1,))
+        self._ahead: tuple[str, Future[AdapterTensors]] | None = None
+
+    def read_ahead(self, candidate: Admitted) -> None:
+        """Begin to read an adapter, and return at once; nothing while another waits for its turn."""
+        if self._ahead is None:
+            self._ahead = candidate.content_sha256, self._thread.submit(self._read, candidate)
+
+    def take(self, candidate: Admitted) -> AdapterTensors:
+        """An adapter's tensors, once they are read.
+
+        Raises:
+            CandidateError: A file is not the one that was admitted.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == candidate.content_sha256:
+            return ahead[1].result()
+        return self._read(candidate)
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        self._thread.shutdown()
+        self._ahead = None
+
+    def _read(self, candidate: Admitted) -> AdapterTensors:
+        assert candidate.lora is not None
+        return read_adapter(candidate.lora, candidate.tensors, self._dtype)
 
 
 @dataclass(frozen=True)

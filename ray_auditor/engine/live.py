@@ -18,11 +18,11 @@ from torch import Tensor
 from ray_auditor.config import EngineConfig
 from ray_auditor.engine import check_fit, num_layers_of
 from ray_auditor.engine.adapter import (
+    AdapterReader,
     AdapterTensors,
     drop_adapter,
     prove_adapter,
     put_adapter,
-    read_adapter,
 )
 from ray_auditor.engine.parameters import ParameterMap, checksums
 from ray_auditor.engine.residuals import Comparison, Recording
@@ -118,6 +118,7 @@ class Engine:
         self._pool = cast(FeaturePool, model.pooler.pooling)  # type: ignore[union-attr]
         self._map = ParameterMap(model, {name: base.tensors[name].shape for name in self._names})
         self._staging = Staging(self._map, config.read_ahead_bytes)
+        self._adapters = AdapterReader(self._map.dtype)
         self._beside = None if self.computes_on_host else torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._loaded = base.content_sha256
         # vLLM's own loader wrote the base: where its tensors lie now is where candidates are written.
@@ -152,7 +153,7 @@ class Engine:
         if swapped == begun:
             proof += ", not written since"
         if candidate is not None and candidate.lora is not None:
-            self._adapter = read_adapter(candidate.lora, candidate.tensors, self._map.dtype)
+            self._adapter = self._adapters.take(candidate)
             put_adapter(self._model, self._map, self._adapter)
             proof = f"{len(self._adapter)} adapter modules value for value on the device, after the run"
         adapted = time.perf_counter()
@@ -169,6 +170,8 @@ class Engine:
         key, tensors = self._weights_of(candidate)
         if key != self._loaded:
             self._staging.read_ahead(key, tensors)
+        if candidate is not None and candidate.lora is not None:
+            self._adapters.read_ahead(candidate)
 
     def _weights_of(self, candidate: Admitted | None) -> tuple[str, Mapping[str, TensorSource]]:
         if candidate is None or candidate.lora is not None:
@@ -274,8 +277,10 @@ class Engine:
         from ray_auditor.engine.model import MODEL_INPUTS
 
         self._staging.close()
+        self._adapters.close()
         self._llm.llm_engine.engine_core.shutdown()
         MODEL_INPUTS.remove(self._inputs)
-        del self._llm, self._model, self._pool, self._map, self._staging, self._inputs, self._schedule
+        del self._llm, self._model, self._pool, self._map, self._staging, self._adapters, self._inputs
+        del self._schedule
         gc.collect()
         cleanup_dist_env_and_memory()

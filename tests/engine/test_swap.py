@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ from ray_auditor.engine.parameters import (
     device_sums,
 )
 from ray_auditor.engine.staging import Staging
-from ray_auditor.hub import Admitted, Candidate, CandidateError, TensorSpec, admit, open_base
+from ray_auditor.hub import Admitted, Candidate, CandidateError, LoraSpec, TensorSpec, admit, open_base
 from ray_auditor.hub.weights import read_weights
 from tests.tiny import make_adapter, make_finetune, make_model, make_sae
 
@@ -323,3 +324,30 @@ def test_a_file_that_changed_after_admission_gives_no_result(hub: Path, engine: 
         engine.load(candidate)
     engine.load(None)
     engine.encode(PROMPT)
+
+
+def test_an_adapter_that_was_read_ahead_is_never_taken_for_another(
+    hub: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray_auditor.engine import adapter
+
+    make_adapter(hub / "adapter2", hub / "base", seed=7)
+    first, second = admitted(hub, "adapter", "adapter"), admitted(hub, "adapter2", "adapter")
+    rows = {}
+    for candidate in (first, second):
+        engine.load(candidate)
+        rows[candidate.content_sha256] = engine.encode(PROMPT).top_acts_MK
+    read, names = adapter.read_adapter, []
+
+    def counted(lora: LoraSpec, *rest: Any) -> AdapterTensors:
+        names.append(lora)
+        return read(lora, *rest)
+
+    monkeypatch.setattr(adapter, "read_adapter", counted)
+    for ahead, taken, num_read in ((first, first, 1), (first, second, 2), (second, second, 1)):
+        names.clear()
+        engine.read_ahead(ahead)
+        engine.load(taken)
+        assert len(names) == num_read
+        assert np.array_equal(engine.encode(PROMPT).top_acts_MK, rows[taken.content_sha256])
+    engine.load(None)
