@@ -75,7 +75,7 @@ def gate(worker: Worker, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtyp
     prompts = worker._layout.token_ids[:GATE_PROMPTS]
 
     def plain(kind: torch.dtype) -> list[Tensor]:
-        naive = Naive(folder, shape, dense_encoder(sae), kind)
+        naive = Naive(folder, shape, dense_encoder(sae), kind, is_trimmed=True)
         found = {batch[0]: idx[0] for batch, _, idx in naive.rows(prompts, 1)}
         return [found[i] for i in range(len(prompts))]
 
@@ -91,15 +91,15 @@ def gate(worker: Worker, folder: Path, shape: Shape, sae: Sae, dtype: torch.dtyp
 def ceilings(candidate: Admitted, dtype: torch.dtype) -> dict[str, float]:
     """What the machine can do: matrix products; reading files that lie in the page cache."""
     size = 8192 if DEVICE == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=DEVICE, dtype=dtype)
-    torch.mm(a, b)
+    a, b, out = torch.randn(3, size, size, device=DEVICE, dtype=dtype)
+    torch.mm(a, b, out=out)
     specs = candidate.tensors
     with ThreadPoolExecutor(READERS) as pool:
         read = timed(
             lambda: list(pool.map(lambda name: sum(1 for _ in iter_tensors(specs, [name])), specs)), 3
         )
     return {
-        "gemm_flops": 2 * size**3 / timed(lambda: torch.mm(a, b), 7),
+        "gemm_flops": 2 * size**3 / timed(lambda: torch.mm(a, b, out=out), 7),
         "read_bytes_per_s": sum(spec.end - spec.start for spec in specs.values()) / read,
     }
 
@@ -124,6 +124,29 @@ def bare_seconds(worker: Worker, repeats: int) -> dict[str, float]:
         "recorded": recorded,
         "encode_alone": timed(lambda: pack(resid), repeats) * num_tokens / step,
     }
+
+
+def plain_seconds(
+    name: str, folder: Path, shape: Shape, sae: Sae, prompts: list[list[int]]
+) -> dict[str, float]:
+    """The plain loop over one candidate, from its folder to rows on the host.
+
+    Args:
+        name: `DTYPE-BATCH`, or `DTYPE-BATCH-trimmed` for one that stops at the hook.
+        folder: The candidate's.
+        shape: Its shape.
+        sae: Encodes.
+        prompts: Token ids.
+    """
+    dtype, batch_size, *trimmed = name.split("-")
+    begun = sync()
+    loop = Naive(folder, shape, dense_encoder(sae), getattr(torch, dtype), is_trimmed=bool(trimmed))
+    loaded = sync()
+    for _ in loop.rows(prompts, int(batch_size)):
+        pass
+    found = {"total": sync() - begun, "load": loaded - begun}
+    print(f"plain loop, {name}: {found}", flush=True)
+    return found
 
 
 def audit_all(worker: Worker, found: list[Admitted], unit: Callable[[str], Unit]) -> list[dict[str, float]]:
@@ -209,15 +232,8 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     worker._engine.close()
 
     prompts = [prompt.token_ids.tolist() for suite in suites.suites for prompt in suite.prompts]
-    num_tokens, naive = suites.num_tokens, {}
-    for batch_size in args.naive:
-        begun = sync()
-        loop = Naive(fulls[0], shape, dense_encoder(sae), dtype)
-        loaded = sync()
-        for _ in loop.rows(prompts, batch_size):
-            pass
-        naive[batch_size] = {"total": sync() - begun, "load": loaded - begun}
-        print(f"plain loop, batch {batch_size}: {naive[batch_size]}", flush=True)
+    num_tokens = suites.num_tokens
+    naive = {name: plain_seconds(name, fulls[0], shape, sae, prompts) for name in args.naive}
 
     parts = {kind: steady(table) for kind, table in tables.items()}
     num_bytes = sum(spec.end - spec.start for spec in full[0].tensors.values())
@@ -232,9 +248,9 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         claim("full candidate less swap and proof, over bare vLLM", rest / bare["bare"], 1.15, at_most=True),
         claim("proof's share of a candidate", parts["full"]["prove"] / ours, 0.02, at_most=True),
     ]
-    for batch_size, row in naive.items():
+    for name, row in naive.items():
         ratio = row["total"] / ours
-        claims.append(claim(f"plain loop, batch {batch_size}, over ours", ratio, speedup, at_most=False))
+        claims.append(claim(f"plain loop, {name}, over ours", ratio, speedup, at_most=False))
     if args.adapters:
         ratio = parts["adapter"]["total"] / bare["bare"]
         claims.append(claim("adapter candidate over bare vLLM", ratio, 1.15, at_most=True))
@@ -251,7 +267,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "floor_s": floor,
         "gate": found_gate,
         "ceilings": limits,
-        "seconds": parts | {"bare vLLM": bare, "plain loop by batch": naive},
+        "seconds": parts | {"bare vLLM": bare, "plain loop": naive},
         "runs": tables,
         "peak": peak,
         "claims": claims,
@@ -262,13 +278,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="float32")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--step", type=int, default=2048, help="tokens a step")
     parser.add_argument("--candidates", type=int, default=3)
     parser.add_argument("--read-ahead", type=int, default=1 << 34, help="bytes of the second copy")
     parser.add_argument("--no-adapters", dest="adapters", action="store_false")
-    parser.add_argument("--naive", type=int, nargs="*", default=[1, 8], help="batch sizes of the plain loop")
+    parser.add_argument(
+        "--naive",
+        nargs="*",
+        default=["float32-1", "bfloat16-1", "bfloat16-8-trimmed"],
+        help="plain loops: DTYPE-BATCH, or DTYPE-BATCH-trimmed for one that drops what lies above the hook",
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     with TemporaryDirectory(prefix="bench-sweep-") as work:

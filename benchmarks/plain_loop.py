@@ -15,15 +15,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Naive:
-    """One candidate, loaded afresh; `encode` is what `dense_encoder` gives."""
+    """One candidate, loaded afresh; `encode` is what `dense_encoder` gives.
+
+    The whole model runs, head included, unless `is_trimmed`: then layers above the hook are dropped once they
+    are loaded, and no logits are made.
+    """
 
     def __init__(
-        self, folder: Path, shape: Shape, encode: Callable[[Tensor], Tensor], dtype: torch.dtype
+        self,
+        folder: Path,
+        shape: Shape,
+        encode: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        *,
+        is_trimmed: bool = False,
     ) -> None:
-        from transformers import AutoModel
+        from transformers import AutoModelForCausalLM
 
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
-        layer = self.model.layers[shape.num_layers - 1]
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        if is_trimmed:
+            self.model = self.model.model
+            del self.model.layers[shape.num_layers :]
+        self.model.to(DEVICE)
+        layer = self.model.get_submodule("layers" if is_trimmed else "model.layers")[shape.num_layers - 1]
         layer.register_forward_hook(lambda *call: setattr(self, "resid", call[2]))
         self.encode = encode
 

@@ -23,7 +23,7 @@ FINETUNE_NOISE = 0.05  # of each tensor's own standard deviation
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's architecture and the SAE read out of it; checkpoints hold the layers up to the hook."""
+    """A model's architecture and the SAE read out of it; checkpoints hold every layer and the head."""
 
     model_type: str
     architecture: str
@@ -33,10 +33,12 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    depth: int
     hook_layer: int
     hook_point: str
     d_sae: int
     norm_weight: float = 1.0  # what a norm's weight is around; Gemma adds 1 itself
+    is_tied: bool = True  # the head is the embedding
 
     @property
     def num_layers(self) -> int:
@@ -52,15 +54,30 @@ class Shape:
 
 
 SHAPES = {
-    "smollm2-135m": Shape("llama", "LlamaForCausalLM", 576, 1536, 9, 3, 64, 49152, 15, "resid_post", 9216),
+    "smollm2-135m": Shape(
+        "llama", "LlamaForCausalLM", 576, 1536, 9, 3, 64, 49152, 30, 15, "resid_post", 9216
+    ),
     "qwen1.5-0.5b": Shape(
-        "qwen2", "Qwen2ForCausalLM", 1024, 2816, 16, 16, 64, 151936, 13, "resid_pre", 32768
+        "qwen2", "Qwen2ForCausalLM", 1024, 2816, 16, 16, 64, 151936, 24, 13, "resid_pre", 32768
     ),
     "gemma-2b": Shape(
-        "gemma", "GemmaForCausalLM", 2048, 16384, 8, 1, 256, 256000, 12, "resid_post", 16384, 0.0
+        "gemma", "GemmaForCausalLM", 2048, 16384, 8, 1, 256, 256000, 18, 12, "resid_post", 16384, 0.0
     ),
     "mistral-7b": Shape(
-        "mistral", "MistralForCausalLM", 4096, 14336, 32, 8, 128, 32000, 16, "resid_pre", 65536
+        "mistral",
+        "MistralForCausalLM",
+        4096,
+        14336,
+        32,
+        8,
+        128,
+        32000,
+        32,
+        16,
+        "resid_pre",
+        65536,
+        1.0,
+        False,
     ),
 }
 
@@ -73,7 +90,7 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> P
         "model_type": shape.model_type,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.num_layers,
+        "num_hidden_layers": shape.depth,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
@@ -82,7 +99,7 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> P
         "hidden_act": "gelu_pytorch_tanh" if shape.model_type == "gemma" else "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.is_tied,
         "sliding_window": None,
         "use_sliding_window": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -180,7 +197,7 @@ def _dims(shape: Shape) -> dict[str, tuple[int, ...]]:
         shape.intermediate,
     )
     dims: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, d)}
-    for layer in range(shape.num_layers):
+    for layer in range(shape.depth):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         for part, rows in (("q", q), ("k", kv), ("v", kv)):
             dims[f"{attention}.{part}_proj.weight"] = (rows, d)
@@ -195,7 +212,7 @@ def _dims(shape: Shape) -> dict[str, tuple[int, ...]]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             dims[f"model.layers.{layer}.{norm}.weight"] = (d,)
     dims["model.norm.weight"] = (d,)
-    return dims
+    return dims if shape.is_tied else dims | {"lm_head.weight": (shape.vocabulary, d)}
 
 
 def _random(dims: tuple[int, ...], name: str, shape: Shape, device: str) -> Tensor:
