@@ -5,7 +5,7 @@
 import os
 import socket
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import set_num_threads
 
 from ray_auditor.config import EngineConfig
 from ray_auditor.hub import Admitted, BaseModel, CandidateError
@@ -96,14 +96,15 @@ class Worker:
         from ray_auditor.engine.live import Engine
 
         self._spec = spec
-        self._host = ThreadPoolExecutor(1, "weights")
+        # Many small loops: sharing each of them out among threads costs more than it saves.
+        self._host = ThreadPoolExecutor(1, "weights", set_num_threads, (1,))
         self._weights = BaseWeights(spec.base)
         self._store = Store(spec.store_path)
         self._layout = Layout(spec.suites)
         self._staging = Lock()
         self._is_in_doubt = False
         # vLLM and OpenMP keep settings by thread: all that computes runs in one.
-        self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (spec.num_threads,))
+        self._device = ThreadPoolExecutor(1, "device", set_num_threads, (spec.num_threads,))
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         max_tokens = max(map(len, self._layout.token_ids))
         self._engine = self._device.submit(
@@ -154,12 +155,9 @@ class Worker:
         with self._staging:
             loaded = self._engine.load(assignment.candidate)
         started = time.perf_counter()
-        weighing: Future[dict[str, float | None]]
-        if self._engine.computes_on_host:  # two teams of threads on the same cores would only take turns
-            weighing = Future()
-            weighing.set_result(self._weigh(assignment.candidate))
-        else:
-            weighing = self._host.submit(self._weigh, assignment.candidate)  # while the device works
+        weighing = self._host.submit(self._weigh, assignment.candidate)  # while the device works
+        if self._engine.computes_on_host:  # on the same cores they would only take turns
+            wait([weighing])
         begun = time.perf_counter()
         suites = self._spec.suites.suites
         recording = None
