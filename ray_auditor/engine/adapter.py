@@ -91,7 +91,8 @@ def put_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensors)
     Raises:
         SwapError: A module has no place in the model, or another shape there.
     """
-    for module, (lora_A, lora_B) in tensors.items():
+    copies = _in_one_copy([tensor for pair in tensors.values() for tensor in pair], places.device)
+    for at, (module, (lora_A, lora_B)) in enumerate(tensors.items()):
         slot = places.slots.get(f"{module}.weight")
         if slot is None:
             raise SwapError(f"{module} is adapted and has no place in the model")
@@ -100,8 +101,17 @@ def put_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensors)
             raise SwapError(f"{module} is adapted and is no linear layer of ours")
         if (slot.num_rows, places.rows(f"{module}.weight").shape[1]) != (len(lora_B), lora_A.shape[1]):
             raise SwapError(f"{module} is adapted as {tuple(lora_B.shape)} x {tuple(lora_A.shape)}")
-        part = AdapterSlice(module, slot.start, lora_A.to(places.device), lora_B.to(places.device))
+        part = AdapterSlice(module, slot.start, copies[2 * at], copies[2 * at + 1])
         layer.__dict__.setdefault(PLACE, []).append(part)
+
+
+def _in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype on a device, as one block: each of many small copies would be waited for."""
+    if not tensors:
+        return []
+    block = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(device)
+    parts = torch.split(block, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def drop_adapter(model: nn.Module) -> None:
@@ -124,11 +134,13 @@ def prove_adapter(model: nn.Module, places: ParameterMap, tensors: AdapterTensor
     if live != wanted:
         odd = set(live) ^ set(wanted) or {one for one in live if live.count(one) > 1}
         raise SwapError(f"the live adapter differs in {min(odd)}")
-    same = [
-        (live == tensor.to(live.device)).all()
+    pairs = [
+        (part.module, live, read)
         for _, part in found
-        for live, tensor in zip((part.lora_A, part.lora_B), tensors[part.module], strict=True)
+        for live, read in zip((part.lora_A, part.lora_B), tensors[part.module], strict=True)
     ]
-    for at, in_place in enumerate(torch.stack(same).tolist() if same else []):  # the host waits once
+    copies = _in_one_copy([read for *_, read in pairs], places.device)
+    same = [(live == copy).all() for (_, live, _), copy in zip(pairs, copies, strict=True)]
+    for (module, *_), in_place in zip(pairs, torch.stack(same).tolist() if same else [], strict=True):
         if not in_place:
-            raise SwapError(f"{found[at // 2][1].module}: the adapter on the device is not the candidate's")
+            raise SwapError(f"{module}: the adapter on the device is not the candidate's")

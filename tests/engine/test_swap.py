@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ray_auditor.config import EngineConfig
+from ray_auditor.engine import parameters
 from ray_auditor.engine.adapter import PLACE, AdapterTensors
 from ray_auditor.engine.live import Engine
 from ray_auditor.engine.parameters import (
-    ROW_WEIGHT,
     Checksum,
     ParameterMap,
     SwapError,
@@ -159,13 +159,13 @@ def test_one_flipped_bit_or_two_exchanged_values_change_the_checksum(data: st.Da
         assert checksum(tensor.view(shape)) != before
 
 
-@pytest.mark.parametrize("shape", [(700, 900), (3, 50_001), (3, 50_002), (70_001,), (1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_host_sums_as_the_device_does(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = torch.randn(shape).to(dtype)
-    weight = torch.arange(1, 70_002)
-    on_device = device_sums(_words(as_rows(tensor)), weight, weight * ROW_WEIGHT)
-    assert tuple(int(s) for s in on_device) == checksum(tensor)
+@pytest.mark.parametrize("stack_words", [1, 700_000, 1 << 24])
+def test_the_host_sums_as_the_device_does(stack_words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, some together, all of one shape together."""
+    monkeypatch.setattr(parameters, "STACK_WORDS", stack_words)
+    shapes = [(700, 900), (3, 50_001), (700, 900), (3, 50_002), (70_001,), (1, 1), (0, 4)] + 5 * [(700, 900)]
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    assert device_sums([_words(as_rows(tensor)) for tensor in tensors]) == checksums(tensors)
 
 
 def test_changes_of_the_highest_bits_do_not_cancel() -> None:
