@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_auditor.calibration import CALIBRATION_VERSION, Calibration, Variant, write_calibration
-from ray_auditor.cluster import cluster, device_kinds
+from ray_auditor.cluster import ClusterLost, cluster, device_kinds
 from ray_auditor.config import AuditConfig, Dtype
 from ray_auditor.driver import BaseFailed, run_stages
 from ray_auditor.engine import num_layers_of
@@ -54,7 +54,7 @@ def run_calibrate(config: AuditConfig) -> int:
     """Measure the noise floor of `base.model` under this engine and keep it in the store of `out_dir`.
 
     Returns:
-        0, or 2 when the base could not be encoded, or a sweep has `out_dir`.
+        0, or 2 when the base could not be encoded, Ray is gone, or a sweep has `out_dir`.
 
     Raises:
         ValueError: An input is missing or does not fit, the SAE included.
@@ -64,7 +64,7 @@ def run_calibrate(config: AuditConfig) -> int:
     try:
         with Lease(Path(config.out_dir)):
             return _calibrate(replace(config, cluster=replace(config.cluster, num_workers=1)), console)
-    except (BaseFailed, LeaseHeld) as error:
+    except (BaseFailed, LeaseHeld, ClusterLost) as error:
         console.print(f"not calibrated: {error}", markup=False, highlight=False, soft_wrap=True)
         return EXIT_FAILED
 

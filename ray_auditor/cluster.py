@@ -1,6 +1,10 @@
 """The Ray cluster a sweep runs on: started here or joined, and large enough for the workers asked for."""
 
 import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +14,15 @@ from ray_auditor.config import ClusterConfig
 from ray_auditor.dashboard import refuse_exposed
 from ray_auditor.hub.secret import without_secrets
 
+LOOK_S = 1.0
+# How long one may not answer. Ray itself ends a process that goes on without its raylet, or for 60 s without
+# the head's GCS: on the spot, and with the exit code of findings.
+PATIENCE_S = {"raylet": 2.0, "GCS": 30.0}
+
+
+class ClusterLost(RuntimeError):
+    """Ray ended under what ran on it."""
+
 
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[int]:
@@ -18,6 +31,7 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     Raises:
         ValueError: The cluster cannot be reached, is open to everybody, or is too small for the workers asked
             for.
+        ClusterLost: Within the block: Ray is gone.
     """
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -49,9 +63,62 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
             )
     try:
         check_resources(config)
-        yield config.threads_per_worker or max(1, num_cores // config.num_workers)
+        with _watched():
+            yield config.threads_per_worker or max(1, num_cores // config.num_workers)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Raise ClusterLost in the block, which is the main thread's, when one of Ray's servers is gone."""
+    servers = {name: address for name, address in _servers() if _answers(address)}
+    lost: list[str] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen = dict.fromkeys(servers, time.monotonic())
+        while not ended.wait(LOOK_S):
+            for name, (host, port) in servers.items():
+                if _answers((host, port)):
+                    seen[name] = time.monotonic()
+                elif time.monotonic() - seen[name] > PATIENCE_S[name]:
+                    lost.append(
+                        f"Ray's {name} at {host}:{port} is gone: killed, out of memory, or with its machine"
+                    )
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                    return
+
+    def leave(*_: object) -> None:
+        raise ClusterLost(f"{lost[0]}; what was committed is kept; run the same command again to go on")
+
+    before = signal.signal(signal.SIGUSR2, leave)
+    watcher = threading.Thread(target=watch, name="ray", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _servers() -> Iterator[tuple[str, tuple[str, int]]]:
+    """The servers without which this process cannot go on, and their addresses."""
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    yield "GCS", (host.strip("[]"), int(port))
+    for node in ray.nodes():
+        if node["NodeID"] == context.get_node_id():
+            yield "raylet", (node["NodeManagerAddress"], node["NodeManagerPort"])
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def check_resources(config: ClusterConfig) -> None:

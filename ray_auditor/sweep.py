@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ray_auditor.acknowledgement import read_acknowledgements
-from ray_auditor.cluster import cluster
+from ray_auditor.cluster import ClusterLost, cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
 from ray_auditor.driver import BaseFailed, run_stages
@@ -34,8 +34,8 @@ def run_sweep(config: AuditConfig) -> int:
     """The verb `sweep`: audit what is not done yet, then reduce, flag and report.
 
     Returns:
-        The exit code: 0 nothing stands out, 1 findings, 2 some failed, the source does not answer, or another
-        sweep has `out_dir`, 3 nothing to audit.
+        The exit code: 0 nothing stands out, 1 findings, 2 some failed, the source does not answer, Ray is
+        gone, or another sweep has `out_dir`, 3 nothing to audit.
 
     Raises:
         ValueError: An input is missing or does not fit; nothing but the base has run.
@@ -44,7 +44,7 @@ def run_sweep(config: AuditConfig) -> int:
     try:
         with Lease(Path(config.out_dir)) as lease:
             return _sweep(config, lease)
-    except (LeaseHeld, SourceError) as error:
+    except (LeaseHeld, SourceError, ClusterLost) as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAILED
 

@@ -1,4 +1,4 @@
-"""A cluster that anybody can send jobs to is not joined."""
+"""A cluster that anybody can send jobs to is not joined, and one that ends under a sweep is named."""
 
 import os
 import re
@@ -8,6 +8,11 @@ import sys
 import time
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
+
+import psutil
+
+from tests.test_sweep import Hub
+from tests.tiny import make_adapter
 
 # In a process of its own: Ray keeps the first authentication mode it sees for as long as a process lives.
 JOIN = """
@@ -20,6 +25,19 @@ try:
         print("joined")
 except ValueError as error:
     print("still connected" if ray.is_initialized() else error)
+"""
+
+LOSE = """
+import time
+from ray_auditor import cluster
+from ray_auditor.config import ClusterConfig
+cluster.PATIENCE_S = dict.fromkeys(cluster.PATIENCE_S, 1.0)
+try:
+    with cluster.cluster(ClusterConfig()):
+        print("begun", flush=True)
+        time.sleep(60)
+except cluster.ClusterLost as error:
+    print(error)
 """
 
 
@@ -70,3 +88,43 @@ def test_E23_a_sweep_does_not_join_a_cluster_with_an_open_dashboard() -> None:
     finally:
         head.terminate()
         head.wait(timeout=30)
+
+
+def kill_server(parent: int, name: str) -> None:
+    """Kill one of the servers of the Ray that a process started."""
+    (server,) = (one for one in psutil.Process(parent).children() if one.name() == name)
+    server.kill()
+
+
+def test_the_end_of_rays_head_is_named() -> None:
+    sweep = subprocess.Popen([sys.executable, "-c", LOSE], stdout=subprocess.PIPE, text=True)
+    assert sweep.stdout is not None
+    assert sweep.stdout.readline() == "begun\n"
+    kill_server(sweep.pid, "gcs_server")
+    said, _ = sweep.communicate(timeout=50)
+    assert re.search(r"^Ray's GCS at [\d.]+:\d+ is gone: .* run the same command again to go on$", said, re.M)
+    assert sweep.returncode == 0
+
+
+def test_a_sweep_whose_raylet_dies_says_so_and_goes_on_when_run_again(tmp_path: Path) -> None:
+    hub = Hub(tmp_path)
+    for number in range(5):
+        make_adapter(hub.candidates / f"c{number}", hub.base, seed=number, scale=0.02)
+    command = [sys.executable, "-m", "ray_auditor", "sweep", *hub.arguments]
+    sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    commits = hub.out / "store" / "commits"
+    deadline = time.monotonic() + 50
+    while not commits.is_dir() or len(list(commits.iterdir())) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kill_server(sweep.pid, "raylet")
+    _, said = sweep.communicate(timeout=50)
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert re.search(r"Ray's raylet at .* is gone: .* run the same command again to go on$", line)
+    assert sweep.returncode == 2  # not 1, which says findings
+    assert not hub.out.joinpath("summary.json").exists()
+    before = hub.commits
+    assert len(before) >= 3
+    assert hub.sweep() in (0, 1)
+    assert {name: hub.commits[name] for name in before} == before
+    assert len(hub.commits) == 7
