@@ -135,6 +135,27 @@ def test_nothing_is_written_when_a_tensor_has_another_shape(tmp_path: Path) -> N
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", ["F32 F32", "F32 BF16"])
+def test_a_block_is_not_overwritten_before_it_has_left(
+    dtypes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device lags behind: every copy first waits for some millions of its cycles."""
+    monkeypatch.setattr(staging_module, "BLOCK_BYTES", BLOCK_BYTES)
+    file, live = (TORCH_DTYPES[name] for name in dtypes.split())
+    values, send = torch.randn(40, 24).to(file), _Block.send
+
+    def lagging(self: _Block, rows: Tensor, target: Tensor) -> None:
+        torch.cuda._sleep(5_000_000)
+        send(self, rows, target)
+
+    monkeypatch.setattr(_Block, "send", lagging)
+    staging, target = staging_of(small().cuda()), torch.zeros(40, 24, dtype=live, device="cuda")
+    assert staging._read_one(on_disk(tmp_path, {"w": values}), "w", target) == checksum(values.to(live))
+    assert torch.equal(target.cpu(), values.to(live))
+    assert all(block._bytes.is_pinned() for block in staging._memory.turns)
+
+
 @pytest.mark.parametrize(("fault", "num_read"), [("rewritten", 40), ("shorter", 20)])
 def test_a_file_that_changes_between_two_blocks_is_refused(
     fault: str, num_read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
