@@ -7,6 +7,7 @@ nothing twice, for the store's commits are the only truth.
 import hashlib
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -64,7 +65,7 @@ class Reported(NamedTuple):
 
 
 class Ledger:
-    """The file, for one sweep at a time.
+    """The file, for one sweep at a time, and any of its threads.
 
     Raises:
         ValueError: It is damaged, or of a newer release.
@@ -74,16 +75,20 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._committed = time.monotonic()
+        self._writing = threading.RLock()  # a transaction is the connection's, whichever thread began it
         try:
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
-                raise ValueError(f"{path} has version {version}, this release reads {VERSION}; delete it")
+                raise ValueError(
+                    f"out_dir must hold a ledger of version {VERSION}, got {version} in {path}; delete it, "
+                    "another release's: what is committed stays"
+                )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.DatabaseError as error:
             raise ValueError(
-                f"{path} must be a ledger of ours ({error}); delete it: what is committed stays"
+                f"out_dir must hold a ledger of ours, got {path}: {error}; delete it: what is committed stays"
             ) from error
 
     def __enter__(self) -> Self:
@@ -104,10 +109,10 @@ class Ledger:
 
     def keep_pin(self, origin: str, repo: str, commit: str, pinned: Any) -> None:
         """Keep a JSON value for `pin`."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO pins VALUES (?, ?, ?, ?)", (origin, repo, commit, json.dumps(pinned))
-        )
-        self._commit_if_due()
+        row = (origin, repo, commit, json.dumps(pinned))
+        with self._writing:
+            self._db.execute("INSERT OR REPLACE INTO pins VALUES (?, ?, ?, ?)", row)
+            self._commit_if_due()
 
     def admission(self, key: str, admission_class: str) -> Admission | None:
         """What was said of files with this key."""
@@ -127,11 +132,10 @@ class Ledger:
 
     def keep_admission(self, key: str, admission_class: str, admission: Admission) -> None:
         """Keep what admission said for `admission`."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO admissions VALUES (?, ?, ?)",
-            (key, admission_class, json.dumps(astuple(admission))),
-        )
-        self._commit_if_due()
+        row = (key, admission_class, json.dumps(astuple(admission)))
+        with self._writing:
+            self._db.execute("INSERT OR REPLACE INTO admissions VALUES (?, ?, ?)", row)
+            self._commit_if_due()
 
     def audits(self) -> dict[str, Audit]:
         """How every candidate stood, by id."""
@@ -148,7 +152,7 @@ class Ledger:
     def conclude(self, audits: Mapping[str, Audit], findings: Iterable[tuple[Reported, int]]) -> None:
         """Keep how a sweep ended, in one step."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._db:
+        with self._writing, self._db:
             self._db.executemany(
                 "INSERT OR REPLACE INTO audits VALUES (?, ?)",
                 ((name, json.dumps(asdict(audit))) for name, audit in audits.items()),
@@ -165,7 +169,7 @@ class Ledger:
 
     def keep_refusals(self, refusals: Mapping[str, tuple[str, str]]) -> None:
         """Keep them for `refusals`: the same unit would show the same again."""
-        with self._db:
+        with self._writing, self._db:
             rows = ((unit, json.dumps(refusal)) for unit, refusal in refusals.items())
             self._db.executemany("INSERT OR REPLACE INTO refusals VALUES (?, ?)", rows)
 
@@ -176,7 +180,7 @@ class Ledger:
 
     def keep_fact(self, name: str, value: str) -> None:
         """Remember it for `fact`."""
-        with self._db:
+        with self._writing, self._db:
             self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
 
     def stamps(self) -> dict[str, str]:
@@ -185,18 +189,19 @@ class Ledger:
 
     def keep_stamps(self, stamps: Mapping[str, str]) -> None:
         """Keep them for `stamps`."""
-        with self._db:
+        with self._writing, self._db:
             self._db.executemany("INSERT OR REPLACE INTO whole VALUES (?, ?)", stamps.items())
 
     def forget_stamps(self) -> None:
         """Have every unit hashed again."""
-        with self._db:
+        with self._writing, self._db:
             self._db.execute("DELETE FROM whole")
 
     def commit(self) -> None:
         """Make what was kept so far last."""
-        self._db.commit()
-        self._committed = time.monotonic()
+        with self._writing:
+            self._db.commit()
+            self._committed = time.monotonic()
 
     def _commit_if_due(self) -> None:
         if time.monotonic() - self._committed > COMMIT_S:

@@ -90,7 +90,9 @@ def test_a_unit_is_hashed_once_and_again_when_its_file_was_touched(
 
 def test_a_ledger_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(ValueError, match=r"ledger\.sqlite must be a ledger of ours .* delete it"):
+    with pytest.raises(
+        ValueError, match=r"out_dir must hold a ledger of ours, got .*ledger\.sqlite: .* delete it"
+    ):
         Ledger(tmp_path / "ledger.sqlite")
 
 

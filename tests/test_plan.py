@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,14 @@ def test_a_store_of_another_release_is_named_with_what_to_delete(
         assert f"delete {out / 'store'}, another release's" in said
     shutil.rmtree(out / "store")
     assert audit.run("plan", f"out_dir={out}") == 0
+    capfd.readouterr()
+    for change, said in (
+        (b"SQLite format 3\0", "out_dir must hold a ledger of version 1, got 7 in "),
+        (b"something else", "out_dir must hold a ledger of ours, got "),
+    ):
+        ledger = out / "ledger.sqlite"
+        with closing(sqlite3.connect(ledger)) as db:
+            db.execute("PRAGMA user_version = 7")
+        ledger.write_bytes(change + ledger.read_bytes()[len(change) :])
+        assert audit.run("plan", f"out_dir={out}") == 4
+        assert re.fullmatch(rf"error: {said}\S*{ledger}.*; delete it.*\n", capfd.readouterr().err)
