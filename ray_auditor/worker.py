@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,13 @@ class Assignment:
         return sum(source.num_bytes for source in sources)
 
 
+class _Computed(NamedTuple):
+    features: "Features"
+    moves: "Moves"
+    record: dict[str, Any]  # the note kept beside the rows
+    residuals: NDArray[np.uint8] | None  # if it is the base
+
+
 class EngineInDoubt(RuntimeError):
     """An earlier unit failed on this engine, so nothing more was computed on it."""
 
@@ -116,7 +123,8 @@ class Worker:
     def audit(self, assignment: Assignment) -> Ran:
         """Load, prove, stream, commit.
 
-        Two calls may be under way: while one holds the device, the other reads ahead, or commits.
+        Two calls may be under way: while one holds the device, the other reads ahead, or sorts out its rows
+        and commits them.
 
         Args:
             assignment: The unit to compute.
@@ -132,14 +140,19 @@ class Worker:
         """
         with self._staging:
             self._engine.read_ahead(assignment.candidate)
-        rows, record, residuals = self._device.submit(self._compute_if_sound, assignment).result()
+        features, moves, record, residuals = self._device.submit(self._compute_if_sound, assignment).result()
         begun = time.perf_counter()
+        is_base = residuals is not None
+        scored_M = self._layout.mask_sinks(features.sq_norm_M) if is_base else self._scored_M
+        rows = self._rows(features, moves, scored_M)
+        sorted_out = time.perf_counter()
+        record["seconds"]["rows"] = round(sorted_out - begun, 4)
         self._store.commit(assignment.unit, rows, record, residuals)
-        seconds = record["seconds"] | {"write": time.perf_counter() - begun}
+        seconds = record["seconds"] | {"write": time.perf_counter() - sorted_out}
         seconds |= {"wait": record["wait_s"], "start": record["start_s"] or 0.0}
         return Ran(self._name, record["num_tokens_run"], assignment.num_weight_bytes, seconds)
 
-    def _compute_if_sound(self, assignment: Assignment) -> Any:
+    def _compute_if_sound(self, assignment: Assignment) -> "_Computed":
         """`_compute`, unless an earlier unit failed: it may have left NaNs in the KV cache or half a swap."""
         if self._is_in_doubt:
             raise EngineInDoubt(f"{assignment.name} was not begun")
@@ -149,8 +162,8 @@ class Worker:
             self._is_in_doubt = True
             raise
 
-    def _compute(self, assignment: Assignment) -> tuple[TokenRows, dict[str, Any], NDArray[np.uint8] | None]:
-        """The unit's rows, the note kept beside them, and the residuals if it is the base."""
+    def _compute(self, assignment: Assignment) -> "_Computed":
+        """All that needs the device."""
         wait_s, start_s = time.perf_counter() - self._free_since, self._start_s
         with self._staging:
             loaded = self._engine.load(assignment.candidate)
@@ -168,17 +181,12 @@ class Worker:
         self._check_finite(features, assignment)
         moves = watch.finish()
         encoded = time.perf_counter()
-        is_base = recording is not None
-        scored_M = self._layout.mask_sinks(features.sq_norm_M) if is_base else self._scored_M
-        rows = self._rows(features, moves, scored_M)
-        scored = time.perf_counter()
         weights = weighing.result()
         weighed = time.perf_counter()
         seconds = loaded.seconds | {
             "forward": encoded - begun - self._engine.encode_s,
             "encode": self._engine.encode_s,
-            "rows": scored - encoded,
-            "weights": begun - started + weighed - scored,
+            "weights": begun - started + weighed - encoded,
         }
         means = zip(suites, moves.mean_difference_S, strict=True)
         record = {
@@ -195,7 +203,7 @@ class Worker:
             "start_s": start_s and round(start_s, 4),
         }
         self._free_since, self._start_s = weighed, None
-        return rows, record, recording.to_bytes() if recording is not None else None
+        return _Computed(features, moves, record, recording.to_bytes() if recording is not None else None)
 
     def _weigh(self, candidate: Admitted | None) -> dict[str, float | None]:
         """How far the weights moved, and the seconds that finding it took."""
