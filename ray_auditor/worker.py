@@ -103,9 +103,8 @@ class Worker:
         from ray_auditor.engine.live import Engine
 
         self._spec = spec
-        # Many small loops: sharing each of them out among threads costs more than it saves.
-        self._host = ThreadPoolExecutor(1, "weights", set_num_threads, (1,))
-        self._weights = BaseWeights(spec.base)
+        self._host = ThreadPoolExecutor(1, "weighing")
+        self._weights = BaseWeights(spec.base, spec.num_threads)
         self._store = Store(spec.store_path)
         self._layout = Layout(spec.suites)
         self._staging = Lock()

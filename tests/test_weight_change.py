@@ -277,3 +277,9 @@ def test_a_file_that_changed_is_the_fault_of_its_owner(tmp_path: Path) -> None:
     (path / "model.safetensors").touch()
     with pytest.raises(RuntimeError, match=r"base\.model changed while the sweep ran"):
         BaseWeights(base).change_of(other)
+
+
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    base = open_base(make_model(tmp_path / "base"))
+    other = admitted(base, make_finetune(tmp_path / "other", tmp_path / "base", seed=1), "full")
+    assert len({BaseWeights(base, num_threads).change_of(other) for num_threads in (1, 2, 5)}) == 1
