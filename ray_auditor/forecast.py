@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ray_auditor.history import History
 from ray_auditor.hub.rate_limit import Policy
 from ray_auditor.intake import FETCH_RATE, cache_root
 from ray_auditor.plan import Plan
+from ray_auditor.stages import Stage, stages_of
 
 RATE_LIMITS = "rate_limits"  # the fact that holds what a server allowed when it last said so
 API, RESOLVERS = "api", "resolvers"  # what a hub calls the two kinds of requests
@@ -67,6 +68,7 @@ class Forecast:
     price: Span | None
     cost_source: str | None
     disk: dict[str, int]
+    screen: dict[str, float | None] | None  # the stage before the one that `num_units` and the like are of
 
 
 def cost_of(plan: Plan) -> CostModel | None:
@@ -93,19 +95,24 @@ def within_budget(plan: Plan) -> Plan:
     if model is None:
         return plan.without(defer_beyond(jobs, limits, used=used))
     per_unit = num_devices(config.cluster) / config.cluster.num_workers
-    tokens = plan.suites.num_tokens
-    upfront_s = (model.start_s + _base_seconds(plan, model)) * num_devices(config.cluster)
+    stages = stages_of(plan, jobs).stages
+    seconds: dict[str, float] = {}
+    for stage in stages:
+        seconds |= {key: s + seconds.get(key, 0.0) for key, s in stage.job_seconds(model).items()}
+    upfront_s = sum(stage.upfront_seconds(model) for stage in stages) * num_devices(config.cluster)
     if upfront_s > limits.device_s:
         raise ValueError(
             f"budget.{limits.device_setting} must allow for the workers' start and the base's own runs, "
             f"about {upfront_s / 3600:.3g} GPU hours, got {limits.given[limits.device_setting]:g}; raise it"
         )
+    others_s = sum(seconds[key] for key in seconds.keys() - {job.key for job in jobs})
+    before_s = used.device_s + upfront_s + per_unit * others_s
     return plan.without(
         defer_beyond(
             jobs,
             limits,
-            used=replace(used, device_s=used.device_s + upfront_s),
-            seconds_of=lambda job: per_unit * model.unit_seconds(tokens, job.num_bytes),
+            used=replace(used, device_s=before_s),
+            seconds_of=lambda job: per_unit * seconds[job.key],
         )
     )
 
@@ -163,17 +170,19 @@ def make_forecast(plan: Plan) -> Forecast:
     files = plan.arrivals.files if plan.arrivals else {}
     rate = plan.ledger.fact(FETCH_RATE)
     move_s = sum(files.values()) / json.loads(rate) if rate and files else (None if files else 0.0)
+    found = stages_of(plan, jobs)
+    *screens, whole = found.stages
     wall = Span(0.0, 0.0, 0.0) if not jobs else None
     if jobs and model:
-        wall = _wall_seconds(plan, model, jobs, move_s or 0.0)
+        wall = _wall_seconds(model, found.stages, cluster.num_workers, move_s or 0.0)
     hours = wall.scaled(num_devices(cluster) / 3600) if wall else None
     price = config.budget.prices.get(device)
     return Forecast(
         actions=dict(Counter(actions[row.id] for row in plan.candidates)),
         reasons=dict(Counter(reasons_of(plan).values())),
         refused=dict(Counter(row.status for row in plan.candidates if actions[row.id] == "refuse")),
-        num_units=len(jobs) + _num_base_runs(plan, jobs),
-        tokens_per_unit=plan.suites.num_tokens,
+        num_units=whole.num_units,
+        tokens_per_unit=whole.tokens,
         bytes_to_move=sum(files.values()),
         files_to_move=len(files),
         move_s=move_s,
@@ -184,7 +193,14 @@ def make_forecast(plan: Plan) -> Forecast:
         gpu_hours=hours,
         price=hours.scaled(price) if hours and price is not None else None,
         cost_source=model.source if model else None,
-        disk=_disk(plan, model, len(jobs) + _num_base_runs(plan, jobs), sum(files.values())),
+        disk=_disk(plan, model, found.stages, sum(files.values())),
+        screen={
+            "num_units": screens[0].num_units,
+            "tokens_per_unit": screens[0].tokens,
+            "going_on": found.going_on,
+        }
+        if screens
+        else None,
     )
 
 
@@ -217,38 +233,34 @@ def _requests(plan: Plan, num_files: int) -> dict[str, Requests]:
     return found
 
 
-def _num_base_runs(plan: Plan, jobs: list[Job]) -> int:
-    missing = [unit for unit in (plan.base_unit, plan.replay_unit) if not plan.store.has(unit.key)]
-    return len(missing) if jobs else 0
-
-
-def _base_seconds(plan: Plan, model: CostModel) -> float:
-    """Seconds by the clock before anything else can run."""
-    missing = [unit for unit in (plan.base_unit, plan.replay_unit) if not plan.store.has(unit.key)]
-    return len(missing) * model.unit_seconds(plan.suites.num_tokens, 0)
-
-
-def _wall_seconds(plan: Plan, model: CostModel, jobs: list[Job], move_s: float) -> Span:
+def _wall_seconds(model: CostModel, stages: Sequence[Stage], num_workers: int, move_s: float) -> Span:
     """Seconds from the workers' start to the last unit; the devices are held all the while."""
-    each = [model.unit_seconds(plan.suites.num_tokens, job.num_bytes) for job in jobs]
-    working_s = _base_seconds(plan, model) + max(sum(each) / plan.config.cluster.num_workers, *each)
+    spans = []
+    for stage in stages:
+        if upfront_s := stage.upfront_seconds(model):
+            each = stage.job_seconds(model).values()
+            spans.append(upfront_s - model.start_s + max(sum(each) / num_workers, *each, 0.0))
 
     def wall(factor: float) -> float:
-        return model.start_s + max(factor * working_s, move_s)
+        if not spans:
+            return 0.0
+        still_moving_s = max(0.0, move_s - factor * spans[0])  # what moves, moves beside the first
+        return sum(model.start_s + factor * span for span in spans) + still_moving_s
 
     low, high = model.low, model.high
     return Span(low and wall(low), wall(1.0), high and wall(high))
 
 
-def _disk(plan: Plan, model: CostModel | None, num_units: int, bytes_to_move: int) -> dict[str, int]:
+def _disk(plan: Plan, model: CostModel | None, stages: Sequence[Stage], bytes_to_move: int) -> dict[str, int]:
     """What the store and the cache grow by, at most, and what is free where they lie."""
     unit, engine, download = plan.base_unit, plan.config.engine, plan.config.download
     features = plan.k * ((2 if unit.d_sae <= 1 << 16 else 4) + 4)
     per_token = model.shard_bytes if model and model.shard_bytes else ROW_BYTES + features
-    store = int(num_units * plan.suites.num_tokens * per_token)
-    if num_units and not plan.store.has(unit.key):
-        width = 4 if engine.dtype is Dtype.float32 else 2
-        store += plan.suites.num_tokens * plan.sae.d_in * width
+    width = 4 if engine.dtype is Dtype.float32 else 2
+    store = 0
+    for stage in stages:
+        store += int(stage.num_units * stage.tokens * per_token)
+        store += stage.tokens * plan.sae.d_in * width if stage.base_runs else 0
     return {
         "store_bytes": store,
         "cache_bytes": min(bytes_to_move, download.max_cache_bytes),

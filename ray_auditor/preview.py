@@ -1,6 +1,7 @@
 """The verb `plan`: what a sweep would do and what it would cost, printed and written down. Runs nothing."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,9 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
             + (f", {duration(forecast.move_s)} as fast as last time" if forecast.move_s else ""),
         ),
     ]
+    is_bound = forecast.screen is not None and forecast.screen["going_on"] is None
+    if forecast.screen is not None:
+        lines.append(("screen", _describe_screen(forecast.screen)))
     for kind, one in forecast.requests.items():
         said = f"{one.made:,} made for this plan, {one.needed:,} needed"
         if one.quota is None:
@@ -119,7 +123,7 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
             said += f"; {one.quota:,} are allowed in {one.window_s} s: {duration(one.seconds or 0)} at least"
         lines.append((kind, said))
     held = f"{forecast.num_devices:g} x {forecast.device}"
-    if not work:
+    if not (work or (forecast.screen and forecast.screen["num_units"])):
         lines.append(("GPU hours", "none: there is nothing to run"))
     elif forecast.gpu_hours is None or forecast.wall_s is None:
         is_limited = plan.config.budget.max_gpu_hours is not None or plan.config.budget.max_price is not None
@@ -128,12 +132,15 @@ def _lines(plan: Plan, forecast: Forecast) -> list[tuple[str, str]]:
     else:
         wall = duration(forecast.wall_s.expected)
         lines.append(
-            ("GPU hours", f"{_span(forecast.gpu_hours)}: {wall} on {held}, by {forecast.cost_source}")
+            (
+                "GPU hours",
+                f"{_span(forecast.gpu_hours, is_bound)}: {wall} on {held}, by {forecast.cost_source}",
+            )
         )
     if plan.meter.usage != NOTHING:
         lines.append(("used", f"{plan.meter.usage.describe()} of the budget, by a sweep that did not end"))
     if forecast.price is not None and work:
-        lines.append(("price", _span(forecast.price)))
+        lines.append(("price", _span(forecast.price, is_bound)))
     elif work:
         lines.append(("price", f"none: budget.prices has none of {forecast.device!r}"))
     disk = forecast.disk
@@ -154,7 +161,15 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
 
 
-def _span(span: Span) -> str:
+def _describe_screen(screen: Mapping[str, float | None]) -> str:
+    said = f"{screen['num_units']:,} units first, on {screen['tokens_per_unit']:,} tokens each; "
+    if screen["going_on"] is None:
+        return said + "all are taken to go on: too few were screened before, so hours are an upper bound"
+    return said + f"{screen['going_on']:.1%} are taken to go on, as of those screened before"
+
+
+def _span(span: Span, is_bound: bool) -> str:
+    text = f"{'at most ' if is_bound else ''}{significant(span.expected)}"
     if span.low is None or span.high is None:
-        return f"{significant(span.expected)} (too few units to say how far off)"
-    return f"{significant(span.expected)} ({significant(span.low)} to {significant(span.high)})"
+        return f"{text} (too few units to say how far off)"
+    return f"{text} ({significant(span.low)} to {significant(span.high)})"

@@ -39,6 +39,7 @@ ORDER = (
     ("budget",),
     ("calibration", "intake", "history"),
     ("plan", "reading"),
+    ("stages",),
     ("forecast",),
     ("plan_file",),
     ("reduction", "details", "evaluation", "rivals"),

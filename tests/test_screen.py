@@ -13,6 +13,7 @@ import pytest
 
 from ray_auditor.__main__ import main
 from ray_auditor.intake import UNVERIFIED
+from ray_auditor.ledger import Ledger
 from ray_auditor.screen_config import ScreenConfig
 from ray_auditor.store import Store
 from ray_auditor.suites import Prompt, Suite, Suites, screened_prompts
@@ -79,6 +80,48 @@ def test_a_screened_sweep_is_reported_as_such(hub: Hub) -> None:
     assert "2 screened" in page
     schema = json.loads((Path(__file__).parent.parent / "docs" / "summary.schema.json").read_text())
     jsonschema.validate(hub.summary, schema)
+
+
+def test_a_plan_counts_two_stages_and_goes_by_who_was_screened_before(
+    hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, candidates = tmp_path / "out", tmp_path / "candidates"
+    shutil.copytree(hub.out, out)
+    arguments = [*hub.arguments, f"out_dir={out}"]
+
+    def plan(*more: str) -> dict[str, Any]:
+        assert main(["plan", *arguments, *more]) == 0
+        return dict(json.loads((out / "plan.json").read_text()))
+
+    def hours(*more: str) -> float:
+        return float(plan(*more)["forecast"]["gpu_hours"]["expected"])
+
+    assert hours() == 0  # who was cleared is cleared again
+    assert hours("screen.share=null") > 0
+    limit = "budget.max_gpu_hours=0.000001"
+    assert not [row for row in plan(limit)["rows"] if row["action"] == "defer"]
+    capfd.readouterr()
+    shutil.copytree(hub.candidates, candidates)
+    for i in range(4):
+        make_adapter(candidates / f"new{i}", hub.base, seed=20 + i, scale=0.05)
+    arguments.append(f"candidates.path={candidates}")
+    forecast = plan()["forecast"]
+    ran = {one.record["num_tokens_run"] for one in Store(out / "store").list_commits()}
+    assert {forecast["screen"]["tokens_per_unit"], forecast["tokens_per_unit"]} == ran
+    assert (forecast["screen"]["num_units"], forecast["num_units"]) == (4, 4)
+    assert forecast["screen"]["going_on"] is None  # three were screened before, which says nothing
+    assert "hours are an upper bound" in (said := capfd.readouterr().out)
+    assert "GPU hours  at most " in said
+    bound = forecast["gpu_hours"]["expected"]
+    with Ledger(out / "ledger.sqlite") as ledger:  # a third name of the content that was cleared, and so on
+        audits = ledger.audits()
+        more = {f"more{i}": audits["benign"] for i in range(2)} | {"again": audits["planted"]}
+        ledger.conclude(more, [])
+    forecast = plan()["forecast"]
+    assert forecast["screen"]["going_on"] == 2 / 6
+    assert "33.3% are taken to go on" in (said := capfd.readouterr().out)
+    assert "at most 0" not in said
+    assert 0 < forecast["gpu_hours"]["expected"] < bound
 
 
 def test_a_second_night_runs_nothing_again(hub: Hub) -> None:
