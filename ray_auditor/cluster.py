@@ -14,6 +14,7 @@ from ray_auditor.config import ClusterConfig
 from ray_auditor.dashboard import refuse_exposed
 from ray_auditor.hub.secret import without_secrets
 
+SPIN_COUNT = "5000"  # about 0.1 ms
 LOOK_S = 1.0
 # How long one may not answer. Ray itself ends a process that goes on without its raylet, or for 60 s without
 # the head's GCS: on the spot, and with the exit code of findings.
@@ -37,6 +38,8 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
+    if "OMP_WAIT_POLICY" not in os.environ:  # else a core that waits holds out against whoever else needs it
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if config.address is not None:
         try:
             with without_secrets():
