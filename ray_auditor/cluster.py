@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -75,7 +75,7 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
 @contextmanager
 def _watched() -> Iterator[None]:
     """Raise ClusterLost in the block, which is the main thread's, when one of Ray's servers is gone."""
-    servers = {name: address for name, address in _servers() if _answers(address)}
+    servers = servers_in_reach()
     lost: list[str] = []
     ended = threading.Event()
 
@@ -86,14 +86,12 @@ def _watched() -> Iterator[None]:
                 if _answers((host, port)):
                     seen[name] = time.monotonic()
                 elif time.monotonic() - seen[name] > PATIENCE_S[name]:
-                    lost.append(
-                        f"Ray's {name} at {host}:{port} is gone: killed, out of memory, or with its machine"
-                    )
+                    lost.append(_gone(name, (host, port)))
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                     return
 
     def leave(*_: object) -> None:
-        raise ClusterLost(f"{lost[0]}; what was committed is kept; run the same command again to go on")
+        raise ClusterLost(lost[0])
 
     before = signal.signal(signal.SIGUSR2, leave)
     watcher = threading.Thread(target=watch, name="ray", daemon=True)
@@ -106,8 +104,29 @@ def _watched() -> Iterator[None]:
         signal.signal(signal.SIGUSR2, before)
 
 
+def servers_in_reach() -> dict[str, tuple[str, int]]:
+    """By name, the addresses of the servers without which this process cannot go on."""
+    return {name: address for name, address in _servers() if _answers(address)}
+
+
+def check_raylet(servers: Mapping[str, tuple[str, int]]) -> None:
+    """Check that this process may ask Ray for more: without its raylet that would end it.
+
+    Raises:
+        ClusterLost: The raylet is gone.
+    """
+    if "raylet" in servers and not _answers(servers["raylet"]):
+        raise ClusterLost(_gone("raylet", servers["raylet"]))
+
+
+def _gone(name: str, address: tuple[str, int]) -> str:
+    return (
+        f"Ray's {name} at {address[0]}:{address[1]} is gone: killed, out of memory, or with its machine; "
+        "what was committed is kept; run the same command again to go on"
+    )
+
+
 def _servers() -> Iterator[tuple[str, tuple[str, int]]]:
-    """The servers without which this process cannot go on, and their addresses."""
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
     yield "GCS", (host.strip("[]"), int(port))

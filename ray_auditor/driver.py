@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ray
 
 from ray_auditor.budget import Meter
+from ray_auditor.cluster import check_raylet, servers_in_reach
 from ray_auditor.config import ClusterConfig
 from ray_auditor.engine.parameters import SwapError
 from ray_auditor.hub import CandidateError
@@ -73,6 +74,7 @@ class Fleet:
         self._flying: dict[Any, Flight] = {}
         self._stopped: set[Any] = set()  # by us, for the error of one assignment
         self._died: set[Any] = set()  # with more than one under way
+        self._servers = servers_in_reach()
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +102,11 @@ class Fleet:
         return True
 
     def land(self) -> Iterator[Landing]:
-        """The flights that ended, after a short wait; a worker whose engine is in doubt is ended."""
+        """The flights that ended, after a short wait; a worker whose engine is in doubt is ended.
+
+        Raises:
+            ClusterLost: Workers died with their raylet.
+        """
         if not self._flying:
             return
         ready, waiting = ray.wait(list(self._flying), num_returns=1, timeout=POLL_S)
@@ -109,6 +115,8 @@ class Fleet:
         for reference in [*ready, *overdue]:
             flight = self._flying.pop(reference)
             outcome, has_died = outcome_of(reference)
+            if has_died:
+                check_raylet(self._servers)
             if isinstance(outcome, Ran):
                 self._meter.landed(now - flight.begun)
                 yield Landing(flight, outcome)

@@ -117,7 +117,15 @@ def test_a_sweep_whose_raylet_dies_says_so_and_goes_on_when_run_again(tmp_path: 
     while not commits.is_dir() or len(list(commits.iterdir())) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    workers = [
+        one for one in psutil.Process(sweep.pid).children(recursive=True) if one.name().startswith("ray::")
+    ]
+    assert workers
+    for worker in workers:
+        worker.suspend()  # else a fast machine is done before anything is noticed
     kill_server(sweep.pid, "raylet")
+    for worker in workers:
+        worker.kill()
     _, said = sweep.communicate(timeout=50)
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert re.search(r"Ray's raylet at .* is gone: .* run the same command again to go on$", line)
