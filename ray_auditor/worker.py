@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ray_auditor.engine.residuals import Comparison, Moves
 
 # Of what a row is (kernel, adapters, mask, casts, FVU, cosine): raise it when a change can alter a number.
-ROWS_VERSION = 4
+ROWS_VERSION = 5
 IN_FLIGHT = 2  # calls of `Worker.audit`: one on the device, the other being read, or committed
 
 

@@ -8,11 +8,13 @@ needs besides (the encoder, the base's tensors) travels in `MODEL_INPUTS`; one e
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from auditor_kernels import encode_topk, fvu_parts
 from torch import Tensor, nn
 from vllm.config import ModelConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.pooler.tokwise.methods import TokenPoolingMethod
 from vllm.model_executor.layers.pooler.tokwise.poolers import TokenPooler
@@ -78,6 +80,19 @@ class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         for part in slices_of(layer):
             y[:, part.start : part.start + len(part.lora_B)].addmm_(x @ part.lora_A.T, part.lora_B.T)
         return y
+
+
+def normalise_on_host(norm: RMSNorm, x_ND: Tensor, residual_ND: Tensor | None = None) -> object:
+    """RMSNorm by vLLM's own kernel, which it has for CPUs too and does not call there: one pass, not six."""
+    weight_D, epsilon = norm.weight.data, norm.variance_epsilon
+    if not x_ND.is_contiguous():  # heads that were split off: their kernel reads what lies between
+        return norm.forward_native(x_ND, residual_ND)
+    if residual_ND is not None:
+        torch.ops._C.fused_add_rms_norm(x_ND, residual_ND, weight_D, epsilon)
+        return x_ND, residual_ND
+    out_ND = torch.empty_like(x_ND)
+    torch.ops._C.rms_norm(out_ND, x_ND, weight_D, epsilon)
+    return out_ND
 
 
 class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
@@ -204,6 +219,10 @@ def register_residual_model(architecture: str) -> str:
                 if isinstance(module, LinearBase):
                     module.quant_method = PlainLinear()
             parameter = next(self.model.layers.parameters())
+            for module in self.model.layers.modules() if parameter.device.type == "cpu" else ():
+                is_plain = type(module) is RMSNorm and module.variance_size_override is None
+                if is_plain and module.has_weight and module.weight.dtype == parameter.dtype:
+                    module.forward = partial(normalise_on_host, module)
             pool = FeaturePool(inputs.sae, inputs.k, parameter.dtype, parameter.device)
             self.pooler = TokenPooler(pooling=pool, head=None)
             inputs.model = self

@@ -347,6 +347,8 @@ def test_an_adapter_that_was_read_ahead_is_never_taken_for_another(
     for ahead, taken, num_read in ((first, first, 1), (first, second, 2), (second, second, 1)):
         names.clear()
         engine.read_ahead(ahead)
+        assert engine._adapters._ahead is not None
+        wait([engine._adapters._ahead[1]])
         engine.load(taken)
         assert len(names) == num_read
         assert np.array_equal(engine.encode(PROMPT).top_acts_MK, rows[taken.content_sha256])
