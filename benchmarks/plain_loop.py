@@ -17,8 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Naive:
     """One candidate, loaded afresh; `encode` is what `dense_encoder` gives.
 
-    The whole model runs, head included, unless `is_trimmed`: then layers above the hook are dropped once they
-    are loaded, and no logits are made.
+    The whole model is read and run, head included, unless `is_trimmed`: then neither what lies above the hook
+    nor the head.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class Naive:
         *,
         is_trimmed: bool = False,
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModel, AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         if is_trimmed:
-            self.model = self.model.model
-            del self.model.layers[shape.num_layers :]
-        self.model.to(DEVICE)
-        layer = self.model.get_submodule("layers" if is_trimmed else "model.layers")[shape.num_layers - 1]
+            self.model = AutoModel.from_pretrained(folder, dtype=dtype, num_hidden_layers=shape.num_layers)
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model.to(DEVICE).eval()
+        layer = self.model.get_decoder().layers[shape.num_layers - 1]
         layer.register_forward_hook(lambda *call: setattr(self, "resid", call[2]))
         self.encode = encode
 
