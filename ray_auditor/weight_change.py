@@ -30,6 +30,7 @@ CACHED_ELEMENTS = 1 << 18  # a pass multiplies by so many twice while they lie i
 NUM_PASSES = 16  # stopping when nothing grows stood still below the top of 1 in 150 matrices of noise, by 17%
 STACK_ELEMENTS = 1 << 28  # measured together on a GPU: 1 GiB in fp32, and as much for the base's
 ROUNDING = 1e-4  # what fp32 leaves of a vector once it is made orthogonal to others that contain it
+MAX_THREADS = 4  # each holds the differences of one tensor, and takes turns with who launches on a device
 SEED = 0
 
 
@@ -68,31 +69,42 @@ class BaseWeights:
 
         Args:
             base: Its files are read as they are needed.
-            num_threads: Tensors compared at once, each by one thread: their loops are too small to share.
+            num_threads: Tensors compared at once, up to `MAX_THREADS`, each by one thread: their loops are
+                too small to share.
         """
         self._tensors = base.tensors
         self._norms: dict[str, float] = {}
-        self._pool = ThreadPoolExecutor(num_threads, "weights", set_num_threads, (1,))
+        self._pool = ThreadPoolExecutor(min(num_threads, MAX_THREADS), "weights", set_num_threads, (1,))
 
     def change_of(self, candidate: Admitted) -> WeightChange:
         """Compare a candidate's admitted tensors with the base's.
 
-        The host holds one difference in fp32 and two blocks of `BLOCK_ELEMENTS` a thread. Values are those of
-        the files, or what an adapter makes of them: neither side is rounded to the engine's dtype. The same
+        A thread holds one difference in fp32 and two blocks of `BLOCK_ELEMENTS`. Values are those of the
+        files, or what an adapter makes of them: neither side is rounded to the engine's dtype. The same
         files give the same numbers, whatever the number of threads.
 
         Raises:
             CandidateError: A file of the candidate is not the one that was admitted.
             RuntimeError: A file of the base is not.
         """
+        jobs: dict[str, Callable[[], _Difference]]
         if candidate.lora is not None:
-            modules = candidate.lora.modules
-            names = [f"{module}.weight" for module in modules]
-            each = self._pool.map(partial(_adapter_difference, candidate.tensors), modules.values())
+            measure = partial(_adapter_difference, candidate.tensors)
+            modules = candidate.lora.modules.items()
+            jobs = {f"{name}.weight": partial(measure, module) for name, module in modules}
         else:
-            names = list(candidate.tensors)
-            each = self._pool.map(self._full_difference, names, candidate.tensors.values())
-        return _in_all(dict(zip(names, each, strict=True)), self._norm)
+            tensors = candidate.tensors.items()
+            jobs = {name: partial(self._full_difference, name, spec) for name, spec in tensors}
+        found = dict(zip(jobs, self._pool.map(self._measured, jobs, jobs.values()), strict=True))
+        return _in_all(found, self._norms.__getitem__)
+
+    def _measured(self, name: str, difference_of: Callable[[], _Difference]) -> _Difference:
+        """A tensor's difference; where there is one, the base's norm is known from here on."""
+        difference = difference_of()
+        if difference.norm != 0 and name not in self._norms:
+            spans = _spans(self._tensors[name])
+            self._norms[name] = _norm_of([_row_norms(self._read(name, *span)) for span in spans])
+        return difference
 
     def _full_difference(self, name: str, spec: TensorSource) -> _Difference:
         if spec == self._tensors[name]:  # the base's own bytes, which an adapter left alone
@@ -115,12 +127,6 @@ class BaseWeights:
         if difference_MN is None:
             return _Difference(0.0, None)
         return _measure(difference_MN, is_matrix=len(spec.shape) > 1)
-
-    def _norm(self, name: str) -> float:
-        if name not in self._norms:
-            spans = _spans(self._tensors[name])
-            self._norms[name] = _norm_of([_row_norms(self._read(name, *span)) for span in spans])
-        return self._norms[name]
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         try:
