@@ -3,9 +3,10 @@
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -25,7 +26,7 @@ def put_file(target: Path, data: bytes | memoryview, *, temp: Path | None = None
     """
     prefix = "" if temp else f".{target.name}."
     if temp is None:
-        for left in target.parent.glob(f"{prefix}*"):
+        for left in target.parent.glob(f"{prefix}{'[0-9a-f]' * 32}"):
             remove_if_stale(left)
     with _locked_temp(temp or target.parent, prefix) as (path, descriptor):
         view = memoryview(data)
@@ -71,18 +72,15 @@ def append_lines(target: Path, lines: bytes) -> None:
 
 
 def remove_if_stale(temp: Path) -> None:
-    """Remove what a killed writer left; a living writer's file is locked and stays."""
-    try:
-        descriptor = os.open(temp, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        temp.unlink(missing_ok=True)
-    except BlockingIOError:
-        pass  # its writer lives
-    finally:
-        os.close(descriptor)
+    """Remove what a killed writer left, if it can be; a living writer's file is locked and stays."""
+    with suppress(OSError):
+        descriptor = os.open(temp, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks what can be written
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temp.unlink()
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
