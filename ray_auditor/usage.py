@@ -6,6 +6,7 @@ another run begins, with all of its budget.
 """
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,9 +50,11 @@ def read_usage(folder: Path, now: Callable[[], float] = time.time) -> Usage:
     try:
         kept = json.loads(path.read_bytes())
         at, usage = float(kept.pop("at")), Usage(float(kept.pop("device_s")), int(kept.pop("num_bytes")))
+        if not all(0 <= value < math.inf for value in (at, usage.device_s, usage.num_bytes)):
+            raise ValueError(f"{at}, {usage.device_s} and {usage.num_bytes} must be finite and not negative")
     except FileNotFoundError:
         return NOTHING
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"out_dir must hold what an earlier sweep used of its budget, got {path}: {error!r}; delete it: "
             "this sweep then has all of its budget"
@@ -72,7 +75,7 @@ def kept_usage(folder: Path, usage: Callable[[], Usage], *, beat_s: float = BEAT
 
     def keep() -> None:
         data = json.dumps({"at": time.time(), **asdict(usage())}).encode()
-        with suppress(OSError):  # a sweep does not end because its end would not be remembered
+        with suppress(OSError, ValueError):  # a sweep does not end because its end would not be remembered
             put_file(path, data, replace=True)
 
     def beat() -> None:
@@ -90,4 +93,5 @@ def kept_usage(folder: Path, usage: Callable[[], Usage], *, beat_s: float = BEAT
         raise
     ended.set()
     thread.join()
-    path.unlink(missing_ok=True)
+    with suppress(OSError):  # nor fail, once its conclusion is drawn
+        path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What a killed sweep used of its budget is used when it goes on, and the next night begins anew."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -65,10 +66,28 @@ def test_the_next_night_has_all_of_its_budget(tmp_path: Path) -> None:
     assert read_usage(tmp_path, lambda: time.time() + RUN_GAP_S) == NOTHING
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"at": 1, "device_s": [], "num_bytes": 0}'])
+DAMAGED = ["", "[]", "{}", '{"at": 1, "device_s": [], "num_bytes": 0}']
+DAMAGED += [f'{{"at": 1, "device_s": {number}, "num_bytes": 0}}' for number in ("Infinity", "NaN", "-1")]
+DAMAGED += [f'{{"at": 1, "device_s": 0, "num_bytes": {number}}}' for number in ("Infinity", "NaN", "-1")]
+DAMAGED += [f'{{"at": {number}, "device_s": 0, "num_bytes": 0}}' for number in ("Infinity", "NaN", "-1")]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_what_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(
         ValueError, match=r"out_dir must hold what an earlier sweep used .*\.usage.* delete it"
     ):
         read_usage(tmp_path)
+
+
+def test_a_file_that_cannot_be_kept_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "immutable")
+
+    monkeypatch.setattr("os.replace", refuse)  # as of a file with `chattr +i`
+    with pytest.raises(KeyboardInterrupt), kept_usage(tmp_path, lambda: Usage(5.0, 7)):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with kept_usage(tmp_path, lambda: NOTHING):
+        pass
