@@ -1,5 +1,6 @@
 """The Ray cluster a sweep runs on: started here or joined, and large enough for the workers asked for."""
 
+import errno
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 
 import ray
 
@@ -16,6 +18,8 @@ from ray_auditor.hub.secret import without_secrets
 
 SPIN_COUNT = "5000"  # about 0.1 ms
 LOOK_S = 1.0
+ASK_AGAIN_S = 0.1
+GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH}  # what says so, besides a timeout
 # How long one may not answer. Ray itself ends a process that goes on without its raylet, or for 60 s without
 # the head's GCS: on the spot, and with the exit code of findings.
 PATIENCE_S = {"raylet": 2.0, "GCS": 30.0}
@@ -74,7 +78,11 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """Raise ClusterLost in the block, which is the main thread's, when one of Ray's servers is gone."""
+    """Raise ClusterLost in the block, which is the main thread's, when one of Ray's servers is gone.
+
+    Every LOOK_S until the block has ended, for what it runs may swallow an exception. A SIGUSR2 from others
+    goes to the handler that was there before.
+    """
     servers = servers_in_reach()
     lost: list[str] = []
     ended = threading.Event()
@@ -87,13 +95,19 @@ def _watched() -> Iterator[None]:
                     seen[name] = time.monotonic()
                 elif time.monotonic() - seen[name] > PATIENCE_S[name]:
                     lost.append(_gone(name, (host, port)))
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                    while not ended.is_set():
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                        ended.wait(LOOK_S)
                     return
 
-    def leave(*_: object) -> None:
-        raise ClusterLost(lost[0])
+    def leave(number: int, frame: FrameType | None) -> None:
+        if lost and not ended.is_set():
+            raise ClusterLost(lost[0])
+        if not lost and callable(before):
+            before(number, frame)
 
-    before = signal.signal(signal.SIGUSR2, leave)
+    before = signal.getsignal(signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, leave)
     watcher = threading.Thread(target=watch, name="ray", daemon=True)
     watcher.start()
     try:
@@ -115,7 +129,10 @@ def check_raylet(servers: Mapping[str, tuple[str, int]]) -> None:
     Raises:
         ClusterLost: The raylet is gone.
     """
-    if "raylet" in servers and not _answers(servers["raylet"]):
+    if "raylet" not in servers or _answers(servers["raylet"]):
+        return
+    time.sleep(ASK_AGAIN_S)
+    if not _answers(servers["raylet"]):
         raise ClusterLost(_gone("raylet", servers["raylet"]))
 
 
@@ -138,8 +155,10 @@ def _servers() -> Iterator[tuple[str, tuple[str, int]]]:
 def _answers(address: tuple[str, int]) -> bool:
     try:
         socket.create_connection(address, timeout=1.0).close()
-    except OSError:
+    except TimeoutError:
         return False
+    except OSError as error:  # no file descriptors left, say, is nothing that the server did
+        return error.errno not in GONE
     return True
 
 

@@ -2,15 +2,20 @@
 
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import psutil
+import pytest
 
+from ray_auditor.cluster import ClusterLost, check_raylet
 from tests.test_sweep import Hub
 from tests.tiny import make_adapter
 
@@ -28,13 +33,19 @@ except ValueError as error:
 """
 
 LOSE = """
+import signal
 import time
 from ray_auditor import cluster
 from ray_auditor.config import ClusterConfig
+signal.signal(signal.SIGUSR2, lambda *_: print("handed on", flush=True))
 cluster.PATIENCE_S = dict.fromkeys(cluster.PATIENCE_S, 1.0)
 try:
     with cluster.cluster(ClusterConfig()):
         print("begun", flush=True)
+        try:
+            time.sleep(60)
+        except cluster.ClusterLost:
+            print("swallowed")
         time.sleep(60)
 except cluster.ClusterLost as error:
     print(error)
@@ -100,10 +111,31 @@ def test_the_end_of_rays_head_is_named() -> None:
     sweep = subprocess.Popen([sys.executable, "-c", LOSE], stdout=subprocess.PIPE, text=True)
     assert sweep.stdout is not None
     assert sweep.stdout.readline() == "begun\n"
+    sweep.send_signal(signal.SIGUSR2)  # as Slurm does before the time is up
+    assert sweep.stdout.readline() == "handed on\n"
     kill_server(sweep.pid, "gcs_server")
     said, _ = sweep.communicate(timeout=50)
+    assert said.startswith("swallowed\n")
     assert re.search(r"^Ray's GCS at [\d.]+:\d+ is gone: .* run the same command again to go on$", said, re.M)
     assert sweep.returncode == 0
+
+
+def test_only_what_does_not_answer_twice_is_gone() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        servers = {"raylet": server.getsockname()}
+        with pytest.raises(ClusterLost, match="Ray's raylet at"):
+            check_raylet(servers)
+        most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            check_raylet(servers)  # nobody can be asked
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        late = threading.Timer(0.02, server.listen)
+        late.start()
+        check_raylet(servers)
+        late.join()
 
 
 def test_a_sweep_whose_raylet_dies_says_so_and_goes_on_when_run_again(tmp_path: Path) -> None:
