@@ -82,7 +82,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_kept_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "immutable")
 
     monkeypatch.setattr("os.replace", refuse)  # as of a file with `chattr +i`
