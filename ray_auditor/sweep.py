@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ray_auditor.acknowledgement import read_acknowledgements
+from ray_auditor.budget import limits_of
 from ray_auditor.cluster import ClusterLost, cluster
 from ray_auditor.conclusion import conclude
 from ray_auditor.config import AuditConfig
 from ray_auditor.driver import BaseFailed, run_stages
+from ray_auditor.engine_class import device_name
 from ray_auditor.forecast import keep_rate_limits
 from ray_auditor.history import Conclusion, History
 from ray_auditor.hub import CandidateError
@@ -54,7 +56,8 @@ def _sweep(config: AuditConfig, lease: Lease) -> int:
     plan = plan_sweep(config)
     if plan.meter.usage != NOTHING:
         _say(f"a sweep that did not end used {plan.meter.usage.describe()}: this one goes on with the rest")
-    with kept_usage(Path(config.out_dir), lambda: plan.meter.usage):
+    is_limited = limits_of(plan.config.budget, device_name(plan.config)).given
+    with kept_usage(Path(config.out_dir), lambda: plan.meter.usage) if is_limited else nullcontext():
         return _carry_out(plan, lease)
 
 

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,27 @@ def test_a_sweep_that_was_killed_goes_on_with_what_it_left_of_the_budget(
         (["sae.k=8"], r"settings.* sae.k \(was 16, is 8\)"),
     ],
 )
+def test_a_sweep_without_a_limit_neither_writes_nor_changes_what_was_used(
+    audit: Audit, swept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audit.hub.out, out)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def used(*limits: str) -> bytes | None:
+        with suppress(KeyboardInterrupt):
+            audit.run("sweep", f"out_dir={out}", *limits)
+        return (out / ".usage").read_bytes() if (out / ".usage").exists() else None
+
+    monkeypatch.setattr("ray_auditor.sweep.execute", interrupt)
+    assert used() is None
+    before = used("budget.max_gpu_hours=9")
+    assert before is not None
+    assert used() == before
+
+
 def test_a_plan_of_other_settings_is_refused(
     audit: Audit, swept: dict[str, Any], changes: list[str], message: str, capfd: Any
 ) -> None:
