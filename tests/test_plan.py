@@ -202,16 +202,6 @@ def test_a_sweep_that_was_killed_goes_on_with_what_it_left_of_the_budget(
     assert plan() == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            ["flag.seed=3", "cluster.num_workers=2"],
-            r"changed since: cluster.num_workers \(was 1, is 2\), flag.seed",
-        ),
-        (["sae.k=8"], r"settings.* sae.k \(was 16, is 8\)"),
-    ],
-)
 def test_a_sweep_without_a_limit_neither_writes_nor_changes_what_was_used(
     audit: Audit, swept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +223,16 @@ def test_a_sweep_without_a_limit_neither_writes_nor_changes_what_was_used(
     assert used() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["flag.seed=3", "cluster.num_workers=2"],
+            r"changed since: cluster.num_workers \(was 1, is 2\), flag.seed",
+        ),
+        (["sae.k=8"], r"settings.* sae.k \(was 16, is 8\)"),
+    ],
+)
 def test_a_plan_of_other_settings_is_refused(
     audit: Audit, swept: dict[str, Any], changes: list[str], message: str, capfd: Any
 ) -> None:
