@@ -19,7 +19,7 @@ from ray_auditor.details import describe_flags
 from ray_auditor.engine_class import engine_version
 from ray_auditor.flag import Cell, FlagRule, Population, flag_population
 from ray_auditor.gate import MISFIT
-from ray_auditor.history import History, content_of
+from ray_auditor.history import History, clearing_of, content_of
 from ray_auditor.outputs import write_outputs
 from ray_auditor.plan import Plan, Row, gate_base
 from ray_auditor.rates import Bootstrap, suite_sums
@@ -95,7 +95,13 @@ def conclude(plan: Plan, failures: Failures) -> int:
     summary = write_outputs(summary, out_dir)
     # An exit code that cannot say that there are findings has not reported them.
     reported = () if summary["exit_code"] == EXIT_FAILED else flagged
-    history.conclude({name: status for name, (status, _) in statuses.items()}, reported)
+    nulls, share = [row.unit.candidate_key for row in plan.nulls if row.unit], config.screen.share
+    small_key = plan.suites.screened(share).key if share is not None else ""
+    history.conclude(
+        {name: status for name, (status, _) in statuses.items()},
+        reported,
+        clearing_of(small_key, config.screen.clear_below, nulls),
+    )
     console = Console()
     print_summary(summary, console)
     console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -197,6 +197,7 @@ def make_forecast(plan: Plan) -> Forecast:
         screen={
             "num_units": screens[0].num_units,
             "tokens_per_unit": screens[0].tokens,
+            "num_cleared": sum(odds == 0 for odds in whole.odds.values()),
             "going_on": found.going_on,
         }
         if screens

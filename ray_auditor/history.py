@@ -16,12 +16,14 @@ from ray_auditor.config import AuditConfig
 from ray_auditor.durable_file import put_file
 from ray_auditor.ledger import Audit, Ledger, Reported, explain
 from ray_auditor.outputs import OUTPUTS, to_json, write_outputs
+from ray_auditor.report.candidate import SCREENED
 from ray_auditor.report.finding import EXIT_FAILED, INPUTS, exit_code_of
 from ray_auditor.report.rule import rule_order
 from ray_auditor.roster import Row
 from ray_auditor.store import Unit
 
 Flagged = tuple[str, str, str]  # candidate, suite, rule
+CLEARING = "clearing"  # the part of an audit that says by what its candidate was cleared
 STANDS = "conclusion"  # the fact that holds what the last conclusion was drawn from
 # Parts of a store that a conclusion reads by key, which says what is in them, or not at all.
 KEYED = {"shards", "residuals", "commits", "suites", "tmp"}
@@ -75,15 +77,22 @@ class History:
             if one not in ranks or rank < ranks[one]
         }
 
-    def conclude(self, statuses: Mapping[str, str], flagged: Sequence[Flagged]) -> None:
+    def conclude(
+        self, statuses: Mapping[str, str], flagged: Sequence[Flagged], clearing: str | None = None
+    ) -> None:
         """Make tonight the last sweep.
 
         Args:
             statuses: By candidate.
             flagged: What was reported; nothing where the exit code could not say so.
+            clearing: By what candidates were cleared, see `clearing_of`.
         """
-        parts = self.parts
-        audits = {row.id: Audit(content_of(row), statuses[row.id], parts) for row in self.rows}
+        parts = dict.fromkeys(statuses.values(), self.parts)
+        if clearing is not None and SCREENED in parts:
+            parts[SCREENED] = parts[SCREENED] | {CLEARING: clearing}
+        audits = {
+            row.id: Audit(content_of(row), statuses[row.id], parts[statuses[row.id]]) for row in self.rows
+        }
         self.ledger.conclude(audits, self._reported(flagged))
 
     def _reported(self, flagged: Sequence[Flagged]) -> list[tuple[Reported, int]]:
@@ -94,6 +103,17 @@ class History:
             (Reported(candidate, suite, contents[candidate], inputs), rule_order(rule))
             for candidate, suite, rule in flagged
         ]
+
+
+def clearing_of(suites_key: str, clear_below: float, nulls: Iterable[str]) -> str:
+    """What decides, besides the inputs, whom a first stage clears.
+
+    Args:
+        suites_key: Of the first stage.
+        clear_below: The score.
+        nulls: Contents of the null members.
+    """
+    return hashlib.sha256(json.dumps([suites_key, clear_below, sorted(nulls)]).encode()).hexdigest()
 
 
 def content_of(row: Row) -> str | None:

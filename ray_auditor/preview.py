@@ -164,7 +164,8 @@ def _counts(counts: dict[str, int]) -> str:
 def _describe_screen(screen: Mapping[str, float | None]) -> str:
     said = f"{screen['num_units']:,} units first, on {screen['tokens_per_unit']:,} tokens each; "
     if screen["going_on"] is None:
-        return said + "all are taken to go on: too few were screened before, so hours are an upper bound"
+        but = f" but {screen['num_cleared']:,} cleared before" if screen["num_cleared"] else ""
+        return f"{said}all{but} are taken to go on: too few were screened before, so hours are an upper bound"
     return said + f"{screen['going_on']:.1%} are taken to go on, as of those screened before"
 
 

@@ -1,7 +1,8 @@
 """What a sweep will run on how many tokens: everything on all of them or, with a screen, in two stages.
 
 Who goes on to the second stage is not known before the first one ran. A plan goes by those that earlier
-sweeps of the same inputs screened; where they were fewer than MIN_SCREENED it takes everyone, an upper bound.
+sweeps of the same inputs screened; where they were fewer than MIN_SCREENED it takes everyone, an upper bound,
+but those cleared before by the same score against the same null members.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ray_auditor.budget import Job
 from ray_auditor.cost import CostModel
-from ray_auditor.history import History
+from ray_auditor.history import CLEARING, History, clearing_of
 from ray_auditor.plan import Plan
 from ray_auditor.report.candidate import SCREENED
 from ray_auditor.store import Unit
@@ -71,7 +72,9 @@ def stages_of(plan: Plan, jobs: Sequence[Job]) -> Stages:
     recalled = plan.arrivals.recall.contents(plan.arrivals.pending) if plan.arrivals else {}
     units = {name: plan.unit_of(contents[0]) for name, contents in recalled.items() if contents}
     units |= {row.id: row.unit for row in plan.rows if row.unit}
-    going_on, cleared = screened_before(plan, has_small)
+    nulls = [units[row.id].candidate_key for row in plan.nulls if row.id in units]
+    clearing = clearing_of(suites.key, plan.config.screen.clear_below, nulls)
+    going_on, cleared = screened_before(plan, has_small, clearing)
     first, odds = {job.key: job for job in jobs}, {job.key: 1.0 for job in jobs}
     for row in plan.candidates:
         key, unit = plan.waiting.get(row.id), units.get(row.id)
@@ -92,12 +95,15 @@ def stages_of(plan: Plan, jobs: Sequence[Job]) -> Stages:
     return Stages((small, replace(whole, odds=odds)), going_on)
 
 
-def screened_before(plan: Plan, has_small: Callable[[Unit], bool]) -> tuple[float | None, dict[str, str]]:
+def screened_before(
+    plan: Plan, has_small: Callable[[Unit], bool], clearing: str
+) -> tuple[float | None, dict[str, str]]:
     """How earlier sweeps of these inputs ended for those that they screened.
 
     Args:
         plan: Tonight's.
         has_small: Whether a unit's first stage is committed.
+        clearing: By what tonight's first stage clears; who was cleared by anything else says nothing of it.
 
     Returns:
         The share that ran on every prompt, None for fewer than MIN_SCREENED; and the contents of those that
@@ -108,10 +114,12 @@ def screened_before(plan: Plan, has_small: Callable[[Unit], bool]) -> tuple[floa
     cleared: dict[str, str] = {}
     num_whole = 0
     for name, audit in plan.ledger.audits().items():
-        if audit.content is None or audit.parts != parts or not has_small(plan.unit_of(audit.content)):
+        before = {name: value for name, value in audit.parts.items() if name != CLEARING}
+        if audit.content is None or before != parts or not has_small(plan.unit_of(audit.content)):
             continue
         if audit.status == SCREENED:
-            cleared[name] = audit.content
+            if audit.parts.get(CLEARING) == clearing:
+                cleared[name] = audit.content
         else:
             num_whole += plan.unit_of(audit.content).key in present
     num = num_whole + len(cleared)

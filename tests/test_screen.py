@@ -97,6 +97,12 @@ def test_a_plan_counts_two_stages_and_goes_by_who_was_screened_before(
         return float(plan(*more)["forecast"]["gpu_hours"]["expected"])
 
     assert hours() == 0  # who was cleared is cleared again
+    assert "all but 1 cleared before are taken to go on" in capfd.readouterr().out
+    shutil.copytree(hub.root / "null", tmp_path / "null")
+    shutil.rmtree(tmp_path / "null" / "n0")
+    for more in ("screen.clear_below=0.1", f"null.path={tmp_path / 'null'}"):  # who knows whom that clears
+        assert hours(more) > 0
+        assert "all are taken to go on" in capfd.readouterr().out
     assert hours("screen.share=null") > 0
     limit = "budget.max_gpu_hours=0.000001"
     assert not [row for row in plan(limit)["rows"] if row["action"] == "defer"]
