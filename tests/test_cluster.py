@@ -14,8 +14,10 @@ from urllib.request import ProxyHandler, build_opener
 
 import psutil
 import pytest
+import ray
 
-from ray_auditor.cluster import ClusterLost, check_raylet
+from ray_auditor.cluster import SPIN_COUNT, ClusterLost, check_raylet, cluster
+from ray_auditor.config import ClusterConfig
 from tests.test_sweep import Hub
 from tests.tiny import make_adapter
 
@@ -168,3 +170,12 @@ def test_a_sweep_whose_raylet_dies_says_so_and_goes_on_when_run_again(tmp_path: 
     assert hub.sweep() in (0, 1)
     assert {name: hub.commits[name] for name in before} == before
     assert len(hub.commits) == 7
+
+
+def test_a_local_worker_gives_its_core_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    with cluster(ClusterConfig()):
+        told = ray.remote(lambda: os.environ.get("GOMP_SPINCOUNT"))
+        assert ray.get(told.remote()) == SPIN_COUNT
+    os.environ.pop("GOMP_SPINCOUNT")
