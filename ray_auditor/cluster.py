@@ -16,7 +16,9 @@ from ray_auditor.config import ClusterConfig
 from ray_auditor.dashboard import refuse_exposed
 from ray_auditor.hub.secret import without_secrets
 
-SPIN_COUNT = "5000"  # about 0.1 ms
+SPIN_COUNT = (
+    "5000"  # rounds; libgomp's own bound, which is far higher, holds out against whoever needs the core
+)
 LOOK_S = 1.0
 ASK_AGAIN_S = 0.1
 GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH}  # what says so, besides a timeout
@@ -42,8 +44,6 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
-    if "OMP_WAIT_POLICY" not in os.environ:  # else a core that waits holds out against whoever else needs it
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if config.address is not None:
         try:
             with without_secrets():
@@ -59,6 +59,8 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
             ray.shutdown()
             raise
     else:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # which workers inherit
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
         with without_secrets():  # what Ray starts keeps its environment for as long as it runs
             ray.init(

@@ -20,13 +20,11 @@ from scipy.optimize import nnls
 
 from ray_auditor.store import ShardError, Store, Unit
 
-MAX_LOOKED_AT, MAX_UNITS = (
-    2000,
-    500,
-)  # commits read, and units fitted: keys are hashes, so any of them will do
+MAX_LOOKED_AT, MAX_UNITS = 2000, 500  # commits read, and units fitted: keys are hashes, so any will do
 MIN_SPREAD = 5  # units below which two percentiles say nothing
-# Parts of a record's `seconds` that grow with tokens; the others grow with bytes.
-BY_TOKENS = ("forward", "encode", "rows", "write")
+# Parts of a record's `seconds` that grow with tokens; the others that hold the device grow with bytes.
+BY_TOKENS = ("forward", "encode")
+BESIDE = ("rows", "write")  # the next unit has the device meanwhile
 
 
 @dataclass(frozen=True)
@@ -174,4 +172,5 @@ def _sample(
     num_tokens: int, num_bytes: int, seconds: dict[str, float], shard_bytes: int | None = None
 ) -> Sample:
     by_tokens_s = sum(seconds.get(name, 0.0) for name in BY_TOKENS)
-    return Sample(num_tokens, num_bytes, by_tokens_s, sum(seconds.values()) - by_tokens_s, shard_bytes)
+    other_s = sum(s for name, s in seconds.items() if name not in BY_TOKENS + BESIDE)
+    return Sample(num_tokens, num_bytes, by_tokens_s, other_s, shard_bytes)

@@ -179,6 +179,7 @@ class Worker:
         features = self._engine.encode(self._layout.token_ids, reverse=assignment.reverse, watch=watch)
         self._check_finite(features, assignment)
         moves = watch.finish()
+        residuals = recording.to_bytes() if recording is not None else None
         encoded = time.perf_counter()
         weights = weighing.result()
         weighed = time.perf_counter()
@@ -202,7 +203,7 @@ class Worker:
             "start_s": start_s and round(start_s, 4),
         }
         self._free_since, self._start_s = weighed, None
-        return _Computed(features, moves, record, recording.to_bytes() if recording is not None else None)
+        return _Computed(features, moves, record, residuals)
 
     def _weigh(self, candidate: Admitted | None) -> dict[str, float | None]:
         """How far the weights moved, and the seconds that finding it took."""

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ray_auditor.hub import TensorSpec
+from ray_auditor.hub.weights import read_weights
 from ray_auditor.sae import Normalisation, Sae
 
 D_IN = 64
@@ -60,6 +62,13 @@ def make_finetune(path: Path, base: Path, *, seed: int = 0, scale: float = 0.3) 
         tensor += scale * tensor.std() * torch.randn(tensor.shape, generator=generator)
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def save_tensors(folder: Path, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    """Save weights alone, and where each tensor lies in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    return read_weights(folder, ["model.safetensors"])
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -33,6 +33,7 @@ from ray_auditor.sae import Sae, normalise_resid
 
 FIRST_ROW = "first_row"  # a request's own entry in `PoolingParams.extra_kwargs`
 Watch = Recording | Comparison | None
+HOST_NORMS = ("rms_norm", "fused_add_rms_norm")
 NUM_SCALARS = 3  # columns behind the 2 K of a packed row: FVU error, FVU total, squared residual norm
 
 
@@ -80,6 +81,14 @@ class PlainLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         for part in slices_of(layer):
             y[:, part.start : part.start + len(part.lora_B)].addmm_(x @ part.lora_A.T, part.lora_B.T)
         return y
+
+
+def has_host_norm(parameter: Tensor) -> bool:
+    """Whether a parameter lies on a CPU and this build of vLLM has its kernels there."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return parameter.device.type == "cpu" and all(
+        hasattr(torch.ops._C, name) and has_kernel(f"_C::{name}", "CPU") for name in HOST_NORMS
+    )
 
 
 def normalise_on_host(norm: RMSNorm, x_ND: Tensor, residual_ND: Tensor | None = None) -> object:
@@ -219,7 +228,7 @@ def register_residual_model(architecture: str) -> str:
                 if isinstance(module, LinearBase):
                     module.quant_method = PlainLinear()
             parameter = next(self.model.layers.parameters())
-            for module in self.model.layers.modules() if parameter.device.type == "cpu" else ():
+            for module in self.model.layers.modules() if has_host_norm(parameter) else ():
                 is_plain = type(module) is RMSNorm and module.variance_size_override is None
                 if is_plain and module.has_weight and module.weight.dtype == parameter.dtype:
                     module.forward = partial(normalise_on_host, module)

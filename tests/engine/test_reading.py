@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ray_auditor.engine import staging as staging_module
@@ -24,9 +23,9 @@ from ray_auditor.engine.parameters import (
     sum_blocks,
 )
 from ray_auditor.engine.staging import Staging, _Block
-from ray_auditor.hub import CandidateError, TensorSpec
+from ray_auditor.hub import CandidateError
 from ray_auditor.hub.checkpoint import TORCH_DTYPES
-from ray_auditor.hub.weights import read_weights
+from tests.tiny import save_tensors
 
 SHAPES = {"0.weight": (60, 4), "0.bias": (60,), "1.weight": (2, 60)}
 
@@ -42,12 +41,6 @@ def small() -> nn.Module:
 def tensors(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-
-def on_disk(folder: Path, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    return read_weights(folder, ["model.safetensors"])
 
 
 def checksum(tensor: Tensor) -> Checksum:
@@ -91,7 +84,10 @@ def test_blocks_of_rows_are_the_file_s(
     staging = staging_of(small())
     for seed in (0, 1):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(file)
-        specs, target = on_disk(tmp_path / str(seed), {"w": values}), torch.full(shape, torch.nan, dtype=live)
+        specs, target = (
+            save_tensors(tmp_path / str(seed), {"w": values}),
+            torch.full(shape, torch.nan, dtype=live),
+        )
         found = staging._read_one(specs, "w", target)
         assert torch.equal(target, values.to(live))
         assert found == by_definition(values.to(live)) == checksum(target)
@@ -115,7 +111,7 @@ def test_readers_use_their_memory_again_until_the_end(
     staging = staging_of(small())
     held = []
     for seed in (0, 1):
-        staging.swap(str(seed), on_disk(tmp_path / str(seed), tensors(seed)))
+        staging.swap(str(seed), save_tensors(tmp_path / str(seed), tensors(seed)))
         turns = staging._readers.submit(lambda: staging._memory.turns).result()
         held.append([(block._bytes.data_ptr(), len(block._bytes)) for block in turns])
     assert held[0] == held[1]
@@ -131,7 +127,7 @@ def test_nothing_is_written_when_a_tensor_has_another_shape(tmp_path: Path) -> N
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     state = tensors() | {"1.weight": torch.zeros(60, 2)}
     with pytest.raises(SwapError, match=r"1.weight: got \(60, 2\) for \(2, 60\)"):
-        staging_of(model).swap("0", on_disk(tmp_path, state))
+        staging_of(model).swap("0", save_tensors(tmp_path, state))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
@@ -151,7 +147,7 @@ def test_a_block_is_not_overwritten_before_it_has_left(
 
     monkeypatch.setattr(_Block, "send", lagging)
     staging, target = staging_of(small().cuda()), torch.zeros(40, 24, dtype=live, device="cuda")
-    assert staging._read_one(on_disk(tmp_path, {"w": values}), "w", target) == checksum(values.to(live))
+    assert staging._read_one(save_tensors(tmp_path, {"w": values}), "w", target) == checksum(values.to(live))
     assert torch.equal(target.cpu(), values.to(live))
     assert all(block._bytes.is_pinned() for block in staging._memory.turns)
 
@@ -161,7 +157,7 @@ def test_a_file_that_changes_between_two_blocks_is_refused(
     fault: str, num_read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging_module, "BLOCK_BYTES", BLOCK_BYTES)
-    specs, target = on_disk(tmp_path, {"w": torch.randn(40, 24)}), torch.zeros(40, 24)
+    specs, target = save_tensors(tmp_path, {"w": torch.randn(40, 24)}), torch.zeros(40, 24)
     path, send, sent = tmp_path / "model.safetensors", _Block.send, []
 
     def change(self: _Block, rows: Tensor, target: Tensor) -> None:
@@ -182,7 +178,7 @@ def test_a_reader_s_error_is_heard_when_no_other_writes_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = list(SHAPES)
-    specs = [on_disk(tmp_path / name, {name: tensors()[name]})[name] for name in names]
+    specs = [save_tensors(tmp_path / name, {name: tensors()[name]})[name] for name in names]
     os.truncate(tmp_path / names[0] / "model.safetensors", 9)
     send, sent = _Block.send, []
 

@@ -29,8 +29,7 @@ from ray_auditor.engine.parameters import (
 )
 from ray_auditor.engine.staging import Staging
 from ray_auditor.hub import Admitted, Candidate, CandidateError, LoraSpec, TensorSpec, admit, open_base
-from ray_auditor.hub.weights import read_weights
-from tests.tiny import make_adapter, make_finetune, make_model, make_sae
+from tests.tiny import make_adapter, make_finetune, make_model, make_sae, save_tensors
 
 SETTINGS = EngineConfig(max_step_tokens=64, kv_cache_bytes=16 << 20, max_lora_rank=8)
 PROMPT = [[5, 6, 7, 8, 9, 10]]
@@ -56,12 +55,6 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def on_disk(folder: Path, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    return read_weights(folder, ["model.safetensors"])
-
-
 @pytest.mark.parametrize("budget_bytes", [0, 1 << 20])
 def test_written_tensors_lie_where_the_fused_layer_reads_them(tmp_path: Path, budget_bytes: int) -> None:
     """In its turn, and read ahead while the one before is still live."""
@@ -70,7 +63,7 @@ def test_written_tensors_lie_where_the_fused_layer_reads_them(tmp_path: Path, bu
     staging = Staging(places, budget_bytes)
     for seed in (0, 1, 2):
         state = tensors(seed)
-        specs = on_disk(tmp_path / str(seed), state)
+        specs = save_tensors(tmp_path / str(seed), state)
         before = model.layer.qk_proj.weight.clone()
         staging.read_ahead(str(seed), specs)
         wait([staging._readers.submit(lambda: None)])
@@ -86,7 +79,7 @@ def test_what_was_read_ahead_is_never_taken_for_another(tmp_path: Path) -> None:
     model = Fused()
     places = ParameterMap(model, SHAPES)
     staging = Staging(places, 1 << 20)
-    specs = [on_disk(tmp_path / str(seed), tensors(seed)) for seed in (0, 1)]
+    specs = [save_tensors(tmp_path / str(seed), tensors(seed)) for seed in (0, 1)]
     staging.read_ahead("0", specs[0])
     places.prove(staging.swap("1", specs[1]))
     assert torch.equal(model.embed_tokens.weight[:7], tensors(1)["embed_tokens.weight"])
@@ -96,7 +89,7 @@ def test_what_was_read_ahead_is_never_taken_for_another(tmp_path: Path) -> None:
 def test_a_bit_that_flips_after_staging_is_caught(tmp_path: Path) -> None:
     places = ParameterMap(Fused(), SHAPES)
     staging = Staging(places, 1 << 20)
-    specs = on_disk(tmp_path, tensors())
+    specs = save_tensors(tmp_path, tensors())
     staging.read_ahead("0", specs)
     assert staging._ahead is not None
     wait(staging._ahead[1].values())
@@ -108,7 +101,7 @@ def test_a_bit_that_flips_after_staging_is_caught(tmp_path: Path) -> None:
 def test_a_copy_that_did_not_happen_is_caught(tmp_path: Path) -> None:
     places = ParameterMap(Fused(), SHAPES)
     staging = Staging(places, 0)
-    staging.swap("0", on_disk(tmp_path / "0", tensors(0)))
+    staging.swap("0", save_tensors(tmp_path / "0", tensors(0)))
     with pytest.raises(SwapError, match="checksum"):
         places.prove({name: checksums([tensor])[0] for name, tensor in tensors(1).items()})
 
@@ -117,14 +110,14 @@ def test_a_copy_that_did_not_happen_is_caught(tmp_path: Path) -> None:
 def test_a_missing_tensor_and_one_of_another_shape_are_caught(name: str, tmp_path: Path) -> None:
     places, state = ParameterMap(Fused(), SHAPES), tensors()
     staging = Staging(places, 0)
-    specs = on_disk(tmp_path / "all", state)
+    specs = save_tensors(tmp_path / "all", state)
     with pytest.raises(SwapError, match="never came"):
         staging.swap("0", {n: spec for n, spec in specs.items() if n != name})
     with pytest.raises(SwapError, match="never came"):
         places.prove({n: checksums([t])[0] for n, t in state.items() if n != name})
     short = {n: (t[:-1] if n == name else t).contiguous() for n, t in state.items()}
     with pytest.raises(SwapError, match="got"):
-        staging.swap("0", on_disk(tmp_path / "short", short))
+        staging.swap("0", save_tensors(tmp_path / "short", short))
 
 
 def test_a_parameter_no_tensor_fills_is_caught() -> None:
