@@ -84,10 +84,8 @@ def test_blocks_of_rows_are_the_file_s(
     staging = staging_of(small())
     for seed in (0, 1):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(file)
-        specs, target = (
-            save_tensors(tmp_path / str(seed), {"w": values}),
-            torch.full(shape, torch.nan, dtype=live),
-        )
+        specs = save_tensors(tmp_path / str(seed), {"w": values})
+        target = torch.full(shape, torch.nan, dtype=live)
         found = staging._read_one(specs, "w", target)
         assert torch.equal(target, values.to(live))
         assert found == by_definition(values.to(live)) == checksum(target)
