@@ -114,6 +114,10 @@ def _watched() -> Iterator[None]:
     watcher.start()
     try:
         yield
+    except SystemError as error:  # of which Ray's compiled code makes what a signal's handler raised in it
+        if isinstance(error.__cause__, (ClusterLost, KeyboardInterrupt)):
+            raise error.__cause__ from None
+        raise
     finally:
         ended.set()
         watcher.join()

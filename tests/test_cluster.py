@@ -48,7 +48,10 @@ try:
             time.sleep(60)
         except cluster.ClusterLost:
             print("swallowed")
-        time.sleep(60)
+        try:
+            time.sleep(60)
+        except cluster.ClusterLost as error:
+            raise SystemError("as Ray's compiled code may make of it") from error
 except cluster.ClusterLost as error:
     print(error)
 """
