@@ -28,7 +28,7 @@ from ray_auditor.hub.checkpoint import iter_tensors
 BLOCK_ELEMENTS = 1 << 22  # read together: 16 MiB in fp32
 CACHED_ELEMENTS = 1 << 18  # a pass multiplies by so many twice while they lie in a core's cache
 NUM_PASSES = 16  # stopping when nothing grows stood still below the top of 1 in 150 matrices of noise, by 17%
-STACK_ELEMENTS = 1 << 28  # measured together on a GPU: 1 GiB in fp32, and as much for the base's
+STACK_ELEMENTS = 1 << 28  # measured together on a GPU: 1 GiB in fp32, and as much beside it at first
 ROUNDING = 1e-4  # what fp32 leaves of a vector once it is made orthogonal to others that contain it
 MAX_THREADS = 4  # each holds the differences of one tensor, and takes turns with who launches on a device
 SEED = 0
@@ -151,10 +151,13 @@ def change_between(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> WeightChange:
         step = max(1, STACK_ELEMENTS // max(1, math.prod(shape)))
         for start in range(0, len(names), step):
             some = names[start : start + step]
-            base_BMN = torch.stack([pairs[name][1].float() for name in some]).view(len(some), -1, shape[-1])
-            stack_BMN = torch.stack([pairs[name][0].float() for name in some]).view_as(base_BMN) - base_BMN
+            base_BMN = torch.stack([pairs[name][1] for name in some]).view(len(some), -1, shape[-1])
+            stack_BMN = torch.stack([pairs[name][0] for name in some]).view_as(base_BMN).float()
+            stack_BMN -= base_BMN  # in fp32, whatever the files hold
             norms |= dict(zip(some, _norms_of(base_BMN).tolist(), strict=True))
-            scale_B = stack_BMN.abs().amax((1, 2))
+            del base_BMN
+            low_B, high_B = stack_BMN.flatten(1).aminmax(dim=1)
+            scale_B = torch.maximum(-low_B, high_B)
             stack_BMN /= scale_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
             norm_B = _norms_of(stack_BMN)
             tops = largest_energies(stack_BMN) if len(shape) > 1 else [None] * len(some)
@@ -178,7 +181,8 @@ def _in_all(found: Mapping[str, _Difference], norm_of: Callable[[str], float]) -
 
 
 def _norms_of(stack_BMN: Tensor) -> Tensor:
-    norms_B: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(stack_BMN, dim=2).double(), dim=1)
+    norms_BM = torch.linalg.vector_norm(stack_BMN, dim=2, dtype=torch.float32)
+    norms_B: Tensor = torch.linalg.vector_norm(norms_BM.double(), dim=1)
     return norms_B
 
 

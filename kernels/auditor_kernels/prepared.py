@@ -45,7 +45,8 @@ def prepare(encoder: EncoderWeights, resid_dtype: torch.dtype) -> Prepared:
     if dtype not in by_dtype:
         w_fd = encoder.W_enc_DF.t().to(dtype)
         unit = 16 // w_fd.element_size()
-        w_fd = functional.pad(w_fd, (0, -w_fd.shape[1] % unit)).contiguous()
+        missing = -w_fd.shape[1] % unit
+        w_fd = functional.pad(w_fd, (0, missing)) if missing else w_fd.contiguous()  # padding by 0 would copy
         if w_fd.data_ptr() % 16:
             w_fd = w_fd.clone()
         low, high = (float(end) for end in torch.aminmax(w_fd))

@@ -38,6 +38,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # nothing is sampled
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+LEAST_FREE = 0.01  # of a device, without which vLLM refuses to start: by default 0.92, whatever it will take
+
 
 class Features(NamedTuple):
     """The engine's rows on the host, one a token, tokens numbered in the order of the prompts."""
@@ -110,6 +112,7 @@ class Engine:
             enforce_eager=True,
             distributed_executor_backend="uni",
             kv_cache_memory_bytes=config.kv_cache_bytes,
+            gpu_memory_utilization=LEAST_FREE,
             disable_log_stats=True,
         )
         model = self._inputs.model

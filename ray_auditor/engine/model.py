@@ -7,11 +7,11 @@ needs besides (the encoder, the base's tensors) travels in `MODEL_INPUTS`; one e
 # Shape suffixes: N packed tokens, D = d_in, K = kept features.
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from auditor_kernels import encode_topk, fvu_parts
+from auditor_kernels import EncoderWeights, encode_topk, fvu_parts
 from torch import Tensor, nn
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -154,7 +154,7 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         cursor = pooling_metadata.get_pooling_cursor()
         counts, ends = cursor.num_scheduled_tokens_cpu, cursor.seq_lens_cpu
         if self.table is None:
-            self.pack(hidden_states)
+            self.pack(hidden_states, replace(self.encoder))  # made-up tokens: what is learned from them goes
         else:
             first = torch.tensor(
                 [params.extra_kwargs[FIRST_ROW] for params in pooling_metadata.pooling_params]
@@ -171,17 +171,17 @@ class FeaturePool(TokenPoolingMethod):  # type: ignore[misc]
         """Encode one step's residuals into the open table; `rows_N` are its tokens' numbers."""
         assert self.table is not None
         with self.clock:
-            self.table[rows_N] = self.pack(resid_ND)
+            self.table[rows_N] = self.pack(resid_ND, self.encoder)
             self.num_rows += len(rows_N)
             if self.watch is not None:
                 self.watch.add(rows_N, resid_ND)
 
-    def pack(self, resid_ND: Tensor) -> Tensor:
+    def pack(self, resid_ND: Tensor, encoder: EncoderWeights) -> Tensor:
         """Encode residuals `[N, D]` to table rows `[N, 2 K + 3]`, fp32, features by ascending index."""
         sq_norm_N1 = resid_ND.float().square().sum(-1, keepdim=True)
-        resid_ND = normalise_resid(resid_ND, self.normalisation).to(self.encoder.W_enc_DF.dtype)
-        top = encode_topk(resid_ND, self.encoder, k=self.k)
-        error_N, total_N = fvu_parts(resid_ND, top, self.encoder)
+        resid_ND = normalise_resid(resid_ND, self.normalisation).to(encoder.W_enc_DF.dtype)
+        top = encode_topk(resid_ND, encoder, k=self.k)
+        error_N, total_N = fvu_parts(resid_ND, top, encoder)
         inactive_last_NK = top.top_idx_NK.masked_fill(top.top_idx_NK < 0, torch.iinfo(torch.int32).max)
         order_NK = inactive_last_NK.argsort(dim=-1)
         acts_NK = top.top_acts_NK.gather(1, order_NK)

@@ -18,6 +18,7 @@ from auditor_kernels import (
 )
 from auditor_kernels.designs import choose_sample, chunk_tokens, hint_capacity, per_group
 from auditor_kernels.dispatch import Implementation, choose
+from auditor_kernels.prepared import prepare
 from kernel_oracle import make_encoder
 
 CASES = [
@@ -71,6 +72,15 @@ def test_a_random_sample_misleads_as_rarely_as_claimed():
         assert 0.8 < above_floor.float().mean() / plan.expected < 1.2
         # And it asks for no more than it must: one rank less would mislead more often than is allowed.
         assert (sampled[:, :kept].sum(1) >= plan.rank - 4).any()
+
+
+def test_weights_that_need_no_change_are_not_held_twice():
+    for d_in, is_shared in ((64, True), (60, False)):  # rows of whole 16-byte units, and not
+        encoder = make_encoder(d_in, 300, dtype=torch.bfloat16).to()
+        prepared = prepare(encoder, torch.bfloat16)
+        assert (prepared.w_FD.data_ptr() == encoder.W_enc_DF.data_ptr()) is is_shared
+        assert torch.equal(prepared.w_FD[:, :d_in], encoder.W_enc_DF.t())
+        assert not prepared.w_FD[:, d_in:].any()
 
 
 def test_workspace_is_bounded():
