@@ -49,7 +49,7 @@ def test_a_filter_is_used_only_where_it_agrees_by_its_own_work(
 
 
 def test_the_question_meets_all_that_a_filter_does() -> None:
-    """Its shape holds what `hopper_filter.cu` does otherwise only in a sweep; the constants are read there."""
+    """Its shape holds what `hopper_filter.cu` would else first do in a sweep, as its constants say."""
     text = hopper.SOURCE.read_text()
 
     def constant(name: str) -> int:
