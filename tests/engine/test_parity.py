@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from auditor_kernels import EncoderWeights, TopK, encode_topk
 
 from ray_auditor.config import Dtype, EngineConfig
 from ray_auditor.engine.live import Engine
@@ -73,6 +74,29 @@ def test_a_prompt_in_chunks_and_alone_gives_the_same_rows(tmp_path: Path) -> Non
         assert (np.concatenate([one.top_idx_MK for one in alone]) == together.top_idx_MK).mean() > 0.999
         acts = np.concatenate([one.top_acts_MK for one in alone])
         np.testing.assert_allclose(acts, together.top_acts_MK, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_learned_from_the_tokens_that_vllm_makes_up_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An encoder's screen fits the first tokens that it meets (`int8_rounding.py`): real ones."""
+    met: list[EncoderWeights] = []
+
+    def note(resid_ND: torch.Tensor, encoder: EncoderWeights, *, k: int) -> TopK:
+        met.append(encoder)
+        return encode_topk(resid_ND, encoder, k=k)
+
+    monkeypatch.setattr("ray_auditor.engine.model.encode_topk", note)
+    with open_engine(make_model(tmp_path / "base", "llama"), make_sae(), k=4) as engine:
+        # what vLLM does by itself at start, on a GPU
+        engine._llm.collective_rpc(lambda worker: worker.model_runner._dummy_pooler_run(torch.randn(8, D_IN)))
+        made_up = {id(encoder) for encoder in met}
+        assert made_up
+        num_made_up = len(met)
+        engine.encode(PROMPTS)
+        real = {id(encoder) for encoder in met[num_made_up:]}
+        assert len(real) == 1
+        assert not real & made_up
 
 
 def test_swapped_weights_and_adapters_equal_transformers_and_leave_no_trace(tmp_path: Path) -> None:
