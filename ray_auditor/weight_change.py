@@ -151,8 +151,9 @@ def change_between(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> WeightChange:
         step = max(1, STACK_ELEMENTS // max(1, math.prod(shape)))
         for start in range(0, len(names), step):
             some = names[start : start + step]
-            base_BMN = torch.stack([pairs[name][1] for name in some]).view(len(some), -1, shape[-1])
-            stack_BMN = torch.stack([pairs[name][0] for name in some]).view_as(base_BMN).float()
+            base_BMN = _as_one([pairs[name][1] for name in some]).view(len(some), -1, shape[-1])
+            stack_BMN = _as_one([pairs[name][0] for name in some]).view_as(base_BMN)
+            stack_BMN = stack_BMN.to(torch.float32, copy=len(some) == 1)
             stack_BMN -= base_BMN  # in fp32, whatever the files hold
             norms |= dict(zip(some, _norms_of(base_BMN).tolist(), strict=True))
             del base_BMN
@@ -165,6 +166,11 @@ def change_between(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> WeightChange:
             for name, scale, norm, top in rows:
                 found[name] = _Difference(scale * norm, top / norm**2 if top is not None and norm else None)
     return _in_all(found, norms.__getitem__)
+
+
+def _as_one(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape, stacked; one alone stays where it is, for it may be a whole vocabulary's."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
 def _in_all(found: Mapping[str, _Difference], norm_of: Callable[[str], float]) -> WeightChange:

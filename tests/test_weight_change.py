@@ -153,6 +153,18 @@ def test_tensors_at_hand_are_weighed_as_files_are() -> None:
     assert change_between({name: (base[name], base[name]) for name in base}) == WeightChange(0.0, None, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighing_leaves_the_tensors_as_they_are(dtype: torch.dtype) -> None:
+    """They are what the engine runs meanwhile."""
+    shapes = {"alone": (8, 6), "one of two": (5, 6), "the other": (5, 6)}
+    pairs = {
+        name: (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for name, shape in shapes.items()
+    }
+    before = {name: tuple(tensor.clone() for tensor in pair) for name, pair in pairs.items()}
+    assert change_between(pairs).num_changed == 3
+    assert all(torch.equal(a, b) for name in pairs for a, b in zip(pairs[name], before[name], strict=True))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e18, 1e30])
 def test_changes_of_any_size_stay_in_range(tmp_path: Path, scale: float) -> None:
     state = {"matrix": torch.randn(20, 30) * scale, "other": torch.randn(5, 4)}

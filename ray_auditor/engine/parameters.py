@@ -13,7 +13,7 @@ from torch import Tensor, nn
 Checksum = tuple[int, int]
 
 CHUNK_WORDS = 1 << 16  # what stays in a core's cache while both sums read it
-STACK_WORDS = 1 << 24  # summed together on a device: 128 MiB, and twice as much beside it
+STACK_WORDS = 1 << 24  # summed together on a device: 128 MiB, and as much beside it
 FOLD = 33  # a word's upper half is added to its lower: two changes of the highest bit would else cancel
 WORDS = (torch.int64, torch.int32, torch.int16)  # the wider, the fewer additions
 ROW_WEIGHT = 0x9E3779B97F4A7C15 - (1 << 64)  # odd and spread over 64 bits, so rows never weigh like columns
@@ -76,15 +76,24 @@ def device_sums(words: Sequence[Tensor]) -> list[Checksum]:
         step = max(1, STACK_WORDS // max(1, num_rows * num_columns))
         for some in (group[start : start + step] for start in range(0, len(group), step)):
             words_BRC = torch.stack([words[at] for at in some]) if len(some) > 1 else words[some[0]][None]
-            words_BRC = words_BRC.long()
-            words_BRC = words_BRC + (words_BRC >> FOLD)
-            columns_BC, rows_BR = words_BRC.sum(1), words_BRC.sum(2)
+            columns_BC, rows_BR = _sums_on_device(words_BRC)
             weighted_B = (columns_BC * column_weight[:num_columns]).sum(1)
             weighted_B += (rows_BR * row_weight[:num_rows]).sum(1)
             parts.append(torch.stack([columns_BC.sum(1), weighted_B], 1))
             order += some
     found = dict(zip(order, torch.cat(parts).tolist(), strict=True))  # the host waits once
     return [(found[at][0], found[at][1]) for at in range(len(words))]
+
+
+def _sums_on_device(words_BRC: Tensor) -> tuple[Tensor, Tensor]:
+    """Of columns `[B, C]` and of rows `[B, R]`, some rows at a time: a vocabulary's matrix has a gigabyte."""
+    num_stacked, _, num_columns = words_BRC.shape
+    columns_BC, rows = words_BRC.new_zeros(num_stacked, num_columns, dtype=torch.int64), []
+    for part in torch.split(words_BRC, max(1, STACK_WORDS // max(1, num_stacked * num_columns)), dim=1):
+        folded = (part.long() >> FOLD).add_(part)
+        columns_BC += folded.sum(1)
+        rows.append(folded.sum(2))
+    return columns_BC, torch.cat(rows, 1)
 
 
 def sum_blocks(blocks: Iterable[Tensor]) -> Checksum:
