@@ -6,6 +6,7 @@ On a GPU the base's stay there too, so that going back to it reads nothing and i
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import cycle
 from threading import local
 from typing import NamedTuple
@@ -44,7 +45,7 @@ class Staging:
         Args:
             places: The live parameters.
             budget_bytes: Device memory that copies may take: one of what is read ahead comes first, then one
-                of the base. A model that needs more is not read ahead.
+                of the base. A model that needs more, or more than the device has, is not read ahead.
         """
         self._places = places
         # One thread each: a second team of OpenMP's makes the one that computes sleep between its loops.
@@ -62,8 +63,9 @@ class Staging:
     def keep(self, key: str, expected: Mapping[str, Checksum]) -> None:
         """Keep a copy of what the live parameters hold, proven to be `expected`, where a GPU has the room."""
         if self._stream is not None and self._num_copies > 1:
-            tensors = {name: self._places.rows(name).clone() for name in self._places.slots}
-            self._kept = Kept(key, tensors, expected)
+            with suppress(torch.OutOfMemoryError):
+                tensors = {name: self._places.rows(name).clone() for name in self._places.slots}
+                self._kept = Kept(key, tensors, expected)
 
     @property
     def kept(self) -> Mapping[str, Tensor] | None:
@@ -81,7 +83,11 @@ class Staging:
         if not self._num_copies or is_kept or self._ahead is not None:  # another that waits was read first
             return
         if not self._copy:
-            self._copy = {name: torch.empty_like(self._places.rows(name)) for name in self._places.slots}
+            try:
+                self._copy = {name: torch.empty_like(self._places.rows(name)) for name in self._places.slots}
+            except torch.OutOfMemoryError:  # a device has less than the budget: each is read in its turn
+                self._num_copies = 0
+                return
             if self._stream is not None:  # the memory may have been that of kernels still under way
                 self._stream.wait_stream(torch.cuda.current_stream())
         self._ahead = key, self._read(specs, self._copy)

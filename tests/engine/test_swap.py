@@ -75,6 +75,32 @@ def test_written_tensors_lie_where_the_fused_layer_reads_them(tmp_path: Path, bu
     staging.close()
 
 
+def test_a_device_with_less_room_than_the_budget_reads_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_given = 0
+
+    def empty_like(tensor: Tensor) -> Tensor:  # the second allocation and all after it fail
+        nonlocal num_given
+        num_given += 1
+        if num_given > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    model = Fused()
+    places = ParameterMap(model, SHAPES)
+    staging = Staging(places, 1 << 20)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    for seed in (0, 1):
+        specs = save_tensors(tmp_path / str(seed), tensors(seed))
+        staging.read_ahead(str(seed), specs)
+        assert not staging._copy
+        places.prove(staging.swap(str(seed), specs))
+        assert torch.equal(model.embed_tokens.weight[:7], tensors(seed)["embed_tokens.weight"])
+    assert num_given == 2  # it is not tried again
+    staging.close()
+
+
 def test_what_was_read_ahead_is_never_taken_for_another(tmp_path: Path) -> None:
     model = Fused()
     places = ParameterMap(model, SHAPES)
