@@ -1,8 +1,13 @@
 """The door: `ray-auditor VERB [overrides]` -> one typed configuration -> one function -> an exit code."""
 
+import contextlib
+import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import hydra
@@ -75,7 +80,8 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
     """Turn `VERB [WORD ...] overrides` into Hydra's arguments.
 
     Raises:
-        ValueError: The first word is neither a verb, nor a flag, nor an override.
+        ValueError: The first word is neither a verb, nor a flag, nor an override; a later one is no
+            override, or of no setting.
     """
     if not arguments:
         return ["--help"]
@@ -90,10 +96,38 @@ def to_overrides(arguments: Sequence[str]) -> list[str]:
             overrides.append(f"{first}.{name}={quote(rest.pop(0))}")
     if first == Verb.demo:
         overrides.append("+experiment=demo")
+    _check_words(first, rest)
     # argparse takes the overrides as one run of words, so Hydra's own flags go before them.
     flags = [word for word in rest if word[0] not in "+~" and ("=" not in word or word[0] == "-")]
     overrides += [quote_value(word) for word in rest if word not in flags]
     return [*flags, *overrides]
+
+
+def _check_words(verb: str, words: Sequence[str]) -> None:
+    """Check what Hydra would answer with its grammar, or with the advice to add what nothing reads."""
+    known = ["experiment", *_settings(OmegaConf.structured(AuditConfig))]
+    for before, word in pairwise(["", *words]):
+        key, equals, _ = word.partition("=")
+        if not word or not (equals or word[0] in "-+~" or before.startswith("-")):
+            names = " ".join(name.upper() for name in WORDS.get(verb, ()))
+            remedy = f"{names} comes right after {verb}" if names else "see ray-auditor --help"
+            raise ValueError(f"words after {verb} must be key=value, got {word!r}; {remedy}")
+        if key[:1] in {"", "-", "+", "~"} or not equals or "@" in key or key.startswith("hydra."):
+            continue
+        if key not in known and not key.startswith("budget.prices."):
+            near = difflib.get_close_matches(key, known, n=3)
+            remedy = f"nearest: {', '.join(near)}" if near else "correct it"
+            raise ValueError(
+                f"a setting must be one of those that ray-auditor --help lists, got {key!r}; {remedy}"
+            )
+
+
+def _settings(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The names of all settings, and of the groups that hold them."""
+    for name in map(str, node):
+        yield prefix + name
+        if OmegaConf.is_dict(node[name]):
+            yield from _settings(node[name], f"{prefix}{name}.")
 
 
 def quote(text: str) -> str:
@@ -146,9 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             exit_codes.append(_say_usage(error))
 
+    given = sys.argv[1:] if arguments is None else arguments
+    if list(given) == ["--version"]:  # Hydra would print its own
+        sys.stdout.write(f"ray-auditor {version('ray-auditor')}\n")
+        return 0
     register_schemas()
     try:
-        overrides = to_overrides(sys.argv[1:] if arguments is None else arguments)
+        overrides = to_overrides(given)
         sys.argv = ["ray-auditor", *overrides]
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(run)()
     except ValueError as error:
@@ -161,6 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # a wrong type, an unknown group).
         if not stop.code:
             return 0
+        return INTERNAL_ERROR if len(out_dirs) > len(exit_codes) else USAGE_ERROR
+    except Exception:
+        # Under HYDRA_FULL_ERROR, or where Hydra could not print: Python would end with the code of findings.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         return INTERNAL_ERROR if len(out_dirs) > len(exit_codes) else USAGE_ERROR
     return max(exit_codes, key=GRAVITY.index, default=0)
 

@@ -127,7 +127,14 @@ def _chunkings(plan: Plan) -> Iterator[Trial]:
             reason = f"the longest prompt takes {longest} tokens a step"
             yield Trial(f"chunking {name}", what, plan, None, reason)
         else:
-            yield _under(plan, f"chunking {name}", what, max_step_tokens=tokens // part)
+            prompts = min(plan.config.engine.max_step_prompts, tokens // part)
+            yield _under(
+                plan,
+                f"chunking {name}",
+                what,
+                max_step_tokens=tokens // part,
+                max_step_prompts=prompts,
+            )
 
 
 def _dtypes(plan: Plan) -> Iterator[Trial]:

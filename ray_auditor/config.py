@@ -112,6 +112,9 @@ class EngineConfig:
             ("kv_cache_bytes", self.kv_cache_bytes >= 1 << 20, ">= 1 MiB", self.kv_cache_bytes),
         ):
             _require(f"engine.{name}", ok, bound, value, "raise it")
+        tokens, prompts = self.max_step_tokens, self.max_step_prompts
+        bound = f"<= engine.max_step_tokens={tokens}"
+        _require("engine.max_step_prompts", prompts <= tokens, bound, prompts, "lower it")
         _require(
             "engine.read_ahead_bytes",
             self.read_ahead_bytes >= 0,

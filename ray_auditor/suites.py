@@ -206,6 +206,8 @@ def _rows(name: str, source: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows = datasets.load_dataset(**source, streaming=True)
         for row in rows:
             yield {key: value for key, value in row.items() if value is not None}
+    except StopIteration:  # how `datasets` says that a file is empty
+        return
     except (
         datasets.exceptions.DatasetGenerationError,
         OSError,

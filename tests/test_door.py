@@ -1,5 +1,7 @@
 """The command line: verbs, overrides, exit codes, and what a wrong one is told."""
 
+import errno
+import io
 import json
 import subprocess
 import sys
@@ -79,8 +81,15 @@ def test_a_file_that_is_no_summary_is_named(capfd: pytest.CaptureFixture[str], t
         ("sae.k=many", "many"),
         ("sae.kk=3", "sae.kk"),
         ("saes.k=3", "saes"),
+        ("saek=3", "sae.k"),
+        ("candidates.pth=x", "got 'candidates.pth'; nearest: candidates.path"),
+        ("+sae.kk=3", "sae.kk"),
         ("engine=tpu", "tpu"),
         ("engine.dtype=int3", "int3"),
+        (
+            "engine.max_step_prompts=4096",
+            "engine.max_step_prompts must be <= engine.max_step_tokens=2048, got 4096",
+        ),
         ("engine.max_lora_rank=-1", "engine.max_lora_rank must be >= 0"),
         ("cluster.num_workers=0", "cluster.num_workers must be >= 1, got 0"),
         ("flag.confidence=1.0", "flag.confidence must be in [0.5, 1), got 1.0"),
@@ -131,16 +140,53 @@ def test_words_become_overrides() -> None:
     assert to_overrides(["show", "org/a=b", "out_dir=x"])[-1] == "out_dir=x"
     assert to_overrides(["show", "m001", "out_dir=x"]) == ["verb=show", "show.candidate='m001'", "out_dir=x"]
     assert to_overrides(["show", "-odd", "out_dir=x"])[1] == "show.candidate='-odd'"
-    assert to_overrides(["sweep", "a=1", "--cfg", "job", "+b=2"]) == [
+    assert to_overrides(["sweep", "sae.k=1", "--cfg", "job", "+b=2"]) == [
         "--cfg",
         "job",
         "verb=sweep",
-        "a=1",
+        "sae.k=1",
         "+b=2",
     ]
     assert to_overrides([]) == ["--help"]
     with pytest.raises(ValueError, match="verb must be one of"):
         to_overrides(["swep"])
+
+
+def test_a_word_that_is_no_override_is_named() -> None:
+    with pytest.raises(ValueError, match=r"got 'm002'; CANDIDATE comes right after show"):
+        to_overrides(["show", "m001", "m002", "out_dir=x"])
+    for word in ("extra", ""):
+        with pytest.raises(ValueError, match=f"words after sweep must be key=value, got '{word}'"):
+            to_overrides(["sweep", word])
+    given = ["plan", "+budget.prices.cpu=2", "budget.prices.cpu=2", "+experiment=nightly", "hydra.job.name=x"]
+    assert to_overrides(given) == ["verb=plan", *given[1:]]
+
+
+class Unread(io.StringIO):
+    """A standard error whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, text)
+
+
+@pytest.mark.parametrize("full", ["0", "1"])
+def test_a_crash_never_ends_with_the_code_of_findings(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a wrong setting: with errors in full, as Hydra advises, and when nobody reads them."""
+
+    def crash(config: object) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+    monkeypatch.setattr("ray_auditor.__main__.verb_function", lambda verb: crash)
+    for stream in (io.StringIO(), Unread()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["report", "out_dir=x"]) == 2
+        assert main(["report", "engine=tpu"]) == 4
+
+
+def test_the_version_is_this_program_s(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out.startswith("ray-auditor ")
 
 
 def test_report_and_show_need_a_finished_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

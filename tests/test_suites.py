@@ -95,6 +95,7 @@ def test_parquet_reads_as_jsonl_does(folder: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
+        ([], "suite 'bad' must hold at least 2 prompts, got 0"),
         ([{"text": "one"}], "at least 2 prompts, got 1"),
         ([{"prompt": "one"}, {"prompt": "two"}], "row 1 must have 'messages' or a non-empty 'text'"),
         ([{"text": "one"}, {"text": " "}], "row 2 must have"),
