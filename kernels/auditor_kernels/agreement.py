@@ -45,16 +45,17 @@ def check_hopper(device: torch.device) -> tuple[bool, str]:
     encoder = EncoderWeights(w_FD.t(), 0.1 * draw(FEATURES), zeros_F, zeros_D, None, None)
     resid_ND = draw(TOKENS, WIDTH).bfloat16()
     try:
-        wanted_NK = launch(Implementation.ROWS, resid_ND, encoder, KEPT, None).val_NK
-        for which in (Implementation.HOPPER, Implementation.INT8):
-            found = launch(which, resid_ND, encoder, KEPT, None)
-            if not torch.allclose(found.val_NK, wanted_NK, rtol=TOLERANCE, atol=TOLERANCE):
-                return False, f"{which} was {reason} and disagrees with {Implementation.ROWS}"
-            if (again := found.num_recomputed()) > RECOMPUTED * TOKENS:
-                return (
-                    False,
-                    f"{which} was {reason} and leaves {again} of {TOKENS} tokens to others",
-                )
+        with torch.cuda.device_of(w_FD):  # kernels launch on the current device
+            wanted_NK = launch(Implementation.ROWS, resid_ND, encoder, KEPT, None).val_NK
+            for which in (Implementation.HOPPER, Implementation.INT8):
+                found = launch(which, resid_ND, encoder, KEPT, None)
+                if not torch.allclose(found.val_NK, wanted_NK, rtol=TOLERANCE, atol=TOLERANCE):
+                    return False, f"{which} was {reason} and disagrees with {Implementation.ROWS}"
+                if (again := found.num_recomputed()) > RECOMPUTED * TOKENS:
+                    return (
+                        False,
+                        f"{which} was {reason} and leaves {again} of {TOKENS} tokens to others",
+                    )
     except RuntimeError as error:
         return False, f"it was {reason} and does not run: {error}"
     return True, reason
