@@ -157,8 +157,7 @@ def change_between(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> WeightChange:
             stack_BMN -= base_BMN  # in fp32, whatever the files hold
             norms |= dict(zip(some, _norms_of(base_BMN).tolist(), strict=True))
             del base_BMN
-            low_B, high_B = stack_BMN.flatten(1).aminmax(dim=1)
-            scale_B = torch.maximum(-low_B, high_B)
+            scale_B = torch.maximum(-stack_BMN.amin((1, 2)), stack_BMN.amax((1, 2)))
             stack_BMN /= scale_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
             norm_B = _norms_of(stack_BMN)
             tops = largest_energies(stack_BMN) if len(shape) > 1 else [None] * len(some)
