@@ -45,7 +45,7 @@ def check_hopper(device: torch.device) -> tuple[bool, str]:
     encoder = EncoderWeights(w_FD.t(), 0.1 * draw(FEATURES), zeros_F, zeros_D, None, None)
     resid_ND = draw(TOKENS, WIDTH).bfloat16()
     try:
-        with torch.cuda.device_of(w_FD):  # kernels launch on the current device
+        with torch.cuda.device_of(w_FD):  # type: ignore[no-untyped-call] # kernels launch on the current one
             wanted_NK = launch(Implementation.ROWS, resid_ND, encoder, KEPT, None).val_NK
             for which in (Implementation.HOPPER, Implementation.INT8):
                 found = launch(which, resid_ND, encoder, KEPT, None)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -88,11 +89,30 @@ def build(nvcc: str, folder: Path) -> Path:
         Path(scratch, "wgmma.inc").write_text(header)
         built = Path(scratch, library.name)
         command = compile_command(nvcc, Path(scratch), built)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(f"nvcc failed ({result.returncode}): {result.stderr.strip()[-400:]}")
+        code, said = _run(command)
+        if code != 0:
+            raise RuntimeError(f"nvcc failed ({code}): {said.strip()[-400:]}")
         built.replace(library)
     return library
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit code and output; a command that is given up, or interrupted, leaves none of its own behind."""
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        said, _ = running.communicate(timeout=BUILD_SECONDS)
+    except BaseException:
+        os.killpg(running.pid, signal.SIGKILL)  # what it started holds the pipe as well
+        running.communicate()
+        raise
+    return running.returncode, said
 
 
 @functools.cache

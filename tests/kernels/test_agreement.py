@@ -1,6 +1,9 @@
 """A Hopper filter that computes something else than Triton is not used, whatever it promises."""
 
 import re
+import subprocess
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,3 +81,19 @@ def test_one_that_does_not_launch_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "load", lambda: (None, "no nvcc"))
     assert check_hopper(CPU) == (False, "no nvcc")
+
+
+def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path / 'started'}\nwait\n")
+    nvcc.chmod(0o700)
+    monkeypatch.setattr(hopper, "BUILD_SECONDS", 1)
+    begun = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        hopper.build(str(nvcc), tmp_path / "cache")
+    assert time.monotonic() - begun < 30
+    started = Path(f"/proc/{int((tmp_path / 'started').read_text())}/stat")
+    assert not started.exists() or started.read_text().split()[2] == "Z"
+    assert not list((tmp_path / "cache").iterdir())
