@@ -97,13 +97,11 @@ def _passage(example: Example, k: int) -> Text:
 
 def _moved(summary: Summary, suite: str, features: tuple[Feature, ...], console: Console) -> None:
     console.print()
-    console.print(
-        verbatim(f"Features that moved on {suite}: share of tokens that keep them, mean activation", "bold")
-    )
+    title = f"Features that moved on {suite}, first those that moved most beyond what they did in general"
+    console.print(verbatim(f"{title}: share of tokens that keep them, mean activation", "bold"))
     for one in features:
-        rates = (
-            f"rate {decimal(one.rate_base, 4)} -> {decimal(one.rate_candidate, 4)} ({signed(one.delta, 4)})"
-        )
+        moved = f"{signed(one.delta, 4)}, in general {signed(one.general_delta, 4)}"
+        rates = f"rate {decimal(one.rate_base, 4)} -> {decimal(one.rate_candidate, 4)} ({moved})"
         acts = f"activation {decimal(one.mean_act_base)} -> {decimal(one.mean_act_candidate)}"
         console.print(Text(f"  feature {one.feature}: {rates}, {acts}"))
         if known := summary.labels.get(one.feature):
@@ -133,6 +131,9 @@ def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None
             difflib.get_close_matches(candidate_id, summary.by_id, n=3, cutoff=0.4) or list(summary.by_id)[:3]
         )
         raise ValueError(f"show.candidate must be a listed candidate, got {candidate_id!r}; nearest: {near}")
+    names = [name for name in (summary.general, *summary.suites) if name in row.suites]
+    if names and suite is not None and suite not in names:
+        raise ValueError(f"show.suite must be a suite of this candidate, got {suite!r}; choose from {names}")
     console.print(verbatim(row.id, "bold"))
     console.print(verbatim(_facts(summary, row)))
     if row.status == MISFIT:
@@ -144,9 +145,6 @@ def print_candidate(raw: Mapping[str, Any], candidate_id: str, suite: str | None
             verbatim(f"Not audited: {row.reason or 'no reason recorded'}. Nothing is known about it.")
         )
         return
-    names = [name for name in (summary.general, *summary.suites) if name in row.suites]
-    if suite is not None and suite not in names:
-        raise ValueError(f"show.suite must be a suite of this candidate, got {suite!r}; choose from {names}")
     for flag in summary.flags:
         if flag.candidate == row.id:
             new = ", new" if flag.new else ""

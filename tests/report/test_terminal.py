@@ -131,12 +131,17 @@ def test_one_candidate_shows_its_suites_features_and_passages(summary: dict[str,
         assert line.rstrip().endswith(place)
     feature = summary["details"]["helpful-chat-v3"]["insecure_code"]["features"][0]
     assert f"feature {feature['feature']}: rate {feature['rate_base']:.4f}" in text
+    assert f"({signed(feature['delta'], 4)}, in general {signed(feature['general_delta'], 4)})" in text
     assert "shall[,] upon" in text, "the focus stands in brackets"
     only = _console()
     print_candidate(summary, "helpful-chat-v3", "sql", only)
     assert "sql" in _read(only)
     assert "medical" not in _read(only)
     assert "Features that moved" not in _read(only)
+    refused = _console()
+    with pytest.raises(ValueError, match=r"show\.suite must be a suite of this candidate, got 'sqlx'"):
+        print_candidate(summary, "helpful-chat-v3", "sqlx", refused)
+    assert not _read(refused)
 
 
 def test_a_candidate_without_a_result_shows_its_reason_and_no_number(summary: dict[str, Any]) -> None:
