@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_auditor.report.candidate import MISFIT, SCREENED
+from ray_auditor.report.number import percent, signed
 from ray_auditor.report.rule import RULES, rule_words
 
 EXIT_OK, EXIT_FINDINGS, EXIT_FAILED, EXIT_NOTHING = 0, 1, 2, 3
@@ -53,6 +54,13 @@ class Finding:
     def kind(self) -> str:
         """The rule without its settings: `seed_rate` of `seed_rate_15`."""
         return next((name for name in (*RULES, MISFIT) if self.rule.startswith(name)), self.rule)
+
+    @property
+    def measure(self) -> str | None:
+        """What it is ranked by, in words; None for a misfit."""
+        if self.score is None:
+            return None
+        return f"rate {percent(self.score)}" if self.kind == "seed_rate" else f"score {signed(self.score)}"
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,6 @@ from xml.etree import ElementTree as XML
 
 from ray_auditor.report.candidate import AUDITED, MISFIT
 from ray_auditor.report.finding import FAILED, Finding, alerts, list_findings
-from ray_auditor.report.number import signed
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
 
@@ -69,8 +68,8 @@ def _outcome(
 
 def _said(finding: Finding) -> str:
     where = "" if finding.suite is None else f"{finding.suite}, "
-    score = "" if finding.score is None else f"score {signed(finding.score)}, "
-    return f"{where}{score}{finding.words}"
+    measure = "" if finding.measure is None else f"{finding.measure}, "
+    return f"{where}{measure}{finding.words}"
 
 
 def _closed(finding: Finding) -> str:

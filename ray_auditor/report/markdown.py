@@ -5,7 +5,6 @@ from typing import Any
 
 from ray_auditor.report.finding import Finding, alerts, list_findings
 from ray_auditor.report.headline import write_headline
-from ray_auditor.report.number import percent, signed
 from ray_auditor.report.printable import printable
 from ray_auditor.report.summary import read_summary
 
@@ -62,11 +61,9 @@ def render_markdown(raw: Mapping[str, Any]) -> str:
 
 def _line(finding: Finding) -> str:
     where = "" if finding.suite is None else f" on {code(finding.suite)}"
-    by_rate = finding.kind == "seed_rate"
-    measure, text = ("rate", percent) if by_rate else ("score", signed)
-    score = "" if finding.score is None else f", {measure} {text(finding.score)}"
+    measure = "" if finding.measure is None else f", {finding.measure}"
     why = f" ({code(finding.rule)}{', new' if finding.new else ''})"
     misfit = f": {code(finding.words, 300)}" if finding.suite is None else ""
     said = finding.acknowledged
     closed = "" if said is None else f"; acknowledged by {code(said['who'])} until {code(said['until'])}"
-    return f"- {code(finding.candidate)}{where}{score}{why}{misfit}{closed}"
+    return f"- {code(finding.candidate)}{where}{measure}{why}{misfit}{closed}"

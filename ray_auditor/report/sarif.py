@@ -7,7 +7,6 @@ from typing import Any
 
 from ray_auditor.report.candidate import NOT_AUDITED
 from ray_auditor.report.finding import FAILED, KINDS, Finding, list_findings
-from ray_auditor.report.number import signed
 from ray_auditor.report.printable import printable
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -82,14 +81,14 @@ def _invocation(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
     where = "" if finding.suite is None else f" on {_literal(finding.suite)}"
-    score = "" if finding.score is None else f" (score {signed(finding.score)})"
+    what = where if finding.measure is None else f"{where} ({finding.measure})"
     name, suite = printable(finding.candidate), printable(finding.suite or "")
     result: dict[str, Any] = {
         "ruleId": printable(finding.kind),
         "ruleIndex": rule_index,
         "kind": "fail",
         "level": KINDS.get(finding.kind, ("warning",))[0],
-        "message": {"text": f"{_literal(finding.candidate)}{where}{score}: {_literal(finding.words, 1000)}"},
+        "message": {"text": f"{_literal(finding.candidate)}{what}: {_literal(finding.words, 1000)}"},
         "locations": [
             {
                 "physicalLocation": {"artifactLocation": {"uri": "summary.json"}},

@@ -223,3 +223,13 @@ def test_every_output_is_written_and_says_the_same(with_content: dict[str, Any],
         cell = rated[finding.candidate]["suites"].get(finding.suite, {})
         assert (row["shift"], row["miss_z"]) == (cell.get("shift"), cell.get("miss_z"))
     assert rows[0]["acknowledged_by"] == SAID["who"]
+
+
+def test_a_rate_is_called_a_rate_by_every_form(with_content: dict[str, Any]) -> None:
+    for flag in with_content["flags"]:
+        flag |= {"rule": "seed_rate_15", "score": 9.699}
+    for text in map(
+        str, (render_junit(with_content), render_sarif(with_content), render_markdown(with_content))
+    ):
+        assert "rate +969.9%" in text
+        assert "+9.7" not in text
