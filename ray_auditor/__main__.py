@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ray_auditor.config import AuditConfig, Verb, register_schemas
+from ray_auditor.interrupt import INTERRUPTED, run_interruptibly
 
 INTERNAL_ERROR, USAGE_ERROR = 2, 4
 GRAVITY = (0, 3, 1, 2, 4)  # exit codes, the gravest last: findings of one job stand before nothing in another
@@ -150,6 +152,11 @@ def _say_usage(error: ValueError) -> int:
     return USAGE_ERROR
 
 
+def program() -> NoReturn:
+    """`main` as a shell runs it."""
+    sys.exit(run_interruptibly(main))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program.
 
@@ -193,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say_usage(error)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: what was committed is kept; run the same command again to go on\n")
-        return 130
+        return INTERRUPTED
     except SystemExit as stop:
         # Hydra has printed what happened: a job that broke, or settings it could not compose (an unknown key,
         # a wrong type, an unknown group).
@@ -209,4 +216,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

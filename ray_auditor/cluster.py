@@ -7,9 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
+import psutil
 import ray
 
 from ray_auditor.config import ClusterConfig
@@ -46,8 +48,7 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep is what the user waits for
     if config.address is not None:
         try:
-            with without_secrets():
-                joined = ray.init(address=config.address, log_to_driver=False, logging_level="ERROR")
+            joined = _start(address=config.address)
         except (ConnectionError, ValueError) as error:
             raise ValueError(
                 f"cluster.address must be that of a running Ray cluster, got {config.address!r}: {error}; "
@@ -56,26 +57,52 @@ def cluster(config: ClusterConfig) -> Iterator[int]:
         try:
             refuse_exposed(joined.dashboard_url)
         except ValueError:
-            ray.shutdown()
+            _stop()
             raise
     else:
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # which workers inherit
         num_cpus = max(num_cores, round(config.num_workers * config.cpus_per_worker + 0.5))
-        with without_secrets():  # what Ray starts keeps its environment for as long as it runs
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+        _start(address="local", num_cpus=num_cpus, include_dashboard=False)
     try:
         check_resources(config)
         with _watched():
             yield config.threads_per_worker or max(1, num_cores // config.num_workers)
     finally:
+        _stop()
+
+
+def _start(**settings: Any) -> Any:
+    """Start or join Ray; whoever handled a SIGTERM still does, though Ray puts itself in their place."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with without_secrets():  # what Ray starts keeps its environment for as long as it runs
+            return ray.init(**settings, log_to_driver=False, logging_level="ERROR")
+    except BaseException as error:
+        _stop()
+        if isinstance(error, SystemExit) and callable(before):  # Ray's own handler
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop() -> None:
+    """End Ray, or leave it; SIGTERM, which Ray then handles no more, goes to whom it went to before.
+
+    What the raylet started is ended too: its agents, when they are no older than a few seconds, would look
+    for Ray for another minute.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    started = [one for raylet in raylets for one in (raylet, *raylet.children(recursive=True))]
+    try:
         ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for one in started:
+            with suppress(psutil.Error):
+                one.kill()
 
 
 @contextmanager

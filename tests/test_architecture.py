@@ -22,6 +22,7 @@ ORDER = (
         "work",
         "conformal",
         "durable_file",
+        "interrupt",
     ),
     ("store", "ledger", "lease"),
     ("hub", "reduce"),

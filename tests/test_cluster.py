@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -54,6 +55,22 @@ try:
             raise SystemError("as Ray's compiled code may make of it") from error
 except cluster.ClusterLost as error:
     print(error)
+"""
+
+STOP = """
+import sys
+import time
+from ray_auditor.cluster import cluster
+from ray_auditor.config import ClusterConfig
+from ray_auditor.interrupt import INTERRUPTED, run_interruptibly
+def main():
+    try:
+        with cluster(ClusterConfig()):
+            print("begun", flush=True)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+sys.exit(run_interruptibly(main))
 """
 
 
@@ -123,6 +140,32 @@ def test_the_end_of_rays_head_is_named() -> None:
     assert said.startswith("swallowed\n")
     assert re.search(r"^Ray's GCS at [\d.]+:\d+ is gone: .* run the same command again to go on$", said, re.M)
     assert sweep.returncode == 0
+
+
+@pytest.mark.parametrize("while_it_starts", [True, False])
+def test_a_terminated_sweep_ends_with_143_and_leaves_no_process(while_it_starts: bool) -> None:
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", STOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert sweep.stdout is not None
+    assert sweep.stderr is not None
+    itself, started = psutil.Process(sweep.pid), set()
+    if while_it_starts:
+        while "raylet" not in {one.name() for one in itself.children()}:
+            time.sleep(0.01)
+    else:
+        assert sweep.stdout.readline() == "begun\n"
+    sweep.terminate()
+    deadline = time.monotonic() + 40
+    while sweep.poll() is None and time.monotonic() < deadline:
+        with suppress(psutil.Error):
+            started |= set(itself.children(recursive=True))
+        time.sleep(0.01)
+    assert sweep.returncode == 143
+    assert sweep.stderr.read() == ""
+    assert len(started) >= 2
+    _, alive = psutil.wait_procs(started, timeout=10)  # Ray's agents alone would look for it for a minute
+    assert not alive
 
 
 def test_only_what_does_not_answer_twice_is_gone() -> None:

@@ -44,6 +44,8 @@ _ROWS = (
      "tests/test_cluster.py::test_a_sweep_whose_raylet_dies_says_so_and_goes_on_when_run_again"),
     ("E31", "a store of another release", "named, with what to delete", "usage error",
      "tests/test_plan.py::test_a_store_of_another_release_is_named_with_what_to_delete"),
+    ("E32", "SIGTERM, while Ray starts or a sweep runs", "as Ctrl-C: one line, no process left", "exit 143",
+     "tests/test_cluster.py::test_a_terminated_sweep_ends_with_143_and_leaves_no_process"),
     ("F8", "markup, ten-megabyte tokens, hidden letters in texts", "escaped and shortened", "ok", "tests/report/test_html.py::test_text_from_strangers_stays_text"),
     ("F9", "a report of 100,000 models", "at most 5 MB, open in 2 s", "ok", "tests/report/test_large.py::test_it_is_small_and_opens_quickly"),
     ("F10", "Neuronpedia cannot be reached", "links stay; labels from a local export, else from the suites", "ok",
