@@ -183,9 +183,13 @@ def run_stages(
             raise BaseFailed(task, failure)
 
     def tell() -> None:
-        num_failed = sum(failure is not None for failure in ended.values())
-        num_ok = num_before + len(ended) - num_failed
-        counts = {"ok": num_ok, "failed": num_failed, "running": len(fleet.names)}
+        lost = Counter(
+            failure.status if isinstance(failure, CandidateError) else "failed"
+            for failure in ended.values()
+            if failure is not None
+        )
+        num_ok = num_before + len(ended) - lost.total()
+        counts = {"ok": num_ok, "failed": 0, **lost, "running": len(fleet.names)}
         progress.update(counts, (num_ok - num_before) * plan.suites.num_tokens, fleet.names)
 
     try:

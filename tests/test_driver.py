@@ -78,6 +78,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(driver, "Worker", Unruly)
     log = tmp_path / "log"
     log.touch()
+    states: dict[str, int] = {}
 
     def run(
         *stages: list[Any], num_workers: int = 2, meter: Meter | None = None, **settings: Any
@@ -92,8 +93,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         )
         with SweepProgress(sum(map(len, stages))) as progress:
             failures = run_stages(stages, plan, 1, progress)
+        states.update(progress.counts)
         return failures, [line.split()[0] for line in log.read_text().splitlines()]
 
+    run.states = states  # type: ignore[attr-defined]
     run.work = Work()  # type: ignore[attr-defined]
     return run
 
@@ -117,6 +120,7 @@ def test_whatever_one_candidate_does_the_others_finish(run: Any) -> None:
     assert failures["silent-1"] == "AssertionError: no message"
     assert failures["raise-1"] == "RuntimeError: the engine is poisoned"
     assert isinstance(failures["refuse-1"], CandidateError)
+    assert run.states == {"ok": 4, "failed": 3, "rejected": 1, "running": 0}  # as the summary will count them
     assert log.count("refuse-1") >= 1
     for name in ("raise-1", "silent-1", "die-1", "dieonce-1"):
         assert log.count(name) >= 2  # and more, where it shared a worker with another that failed

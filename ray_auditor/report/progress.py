@@ -77,6 +77,7 @@ class SweepProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.in_flight = []
+        self.counts = {state: 0 if state == "running" else num for state, num in self.counts.items()}
         self._say(event="ended")
         if self.live is not None:
             self.live.stop()

@@ -96,9 +96,11 @@ def test_a_fault_inside_the_block_passes_and_the_last_state_is_still_said() -> N
 
     def sweep() -> None:
         with progress:
-            progress.update({"ok": 1, "queued": 2}, 10)
+            progress.update({"ok": 1, "running": 2}, 10, ["a", "b"])
             raise KeyError("gone")
 
     with pytest.raises(KeyError):
         sweep()
-    assert _lines(file)[-1]["done"] == 1
+    last = _lines(file)[-1]
+    assert last["done"] == 1
+    assert last["states"] == {"ok": 1, "running": 0}, "nothing runs on"
