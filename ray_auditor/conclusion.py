@@ -82,7 +82,11 @@ def conclude(plan: Plan, failures: Failures) -> int:
             for row in plan.candidates
         ],
         "flags": [asdict(flag) | {"new": (flag.candidate, flag.suite) in new} for flag in population.flags],
-        "limits": [*population.limits, *describe_screen(statuses, config.screen.share)],
+        "limits": [
+            *population.limits,
+            *reduced.describe_null(),
+            *describe_screen(statuses, config.screen.share),
+        ],
         "settings": _settings(plan),
         "versions": _versions(),
         "work": plan.describe_work(),

@@ -208,7 +208,7 @@ def _limits(scored: Stratum | None, num_candidates: int, num_null: int, rule: Fl
         num_cells = sum(len(one.z or ()) - 1 for one in scored.standings.values())
         by_chance = num_cells * math.erfc(rule.min_z / math.sqrt(2)) / 2
         return [
-            f"No null population ({num_null} benign finetunes given, {rule.min_reference} needed): "
+            f"No null population ({num_null} benign finetunes with a result, {rule.min_reference} needed): "
             f"scores rank {num_candidates} candidates, they are not error rates; of {num_cells} cells, "
             f"normal noise alone would put {by_chance:.2g} above z = {rule.min_z:g}"
         ]

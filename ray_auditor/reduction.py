@@ -1,5 +1,6 @@
 """From committed units to per-prompt sums: every finetune of a sweep, reduced against its base."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class Reduction:
         floors: By suite, the mean shift of the base against itself.
         calibration: What `calibrate` measured for this base and engine, if it did.
         statuses: Of every candidate.
+        null_statuses: Of every null member.
         tables: By candidate that can be compared, its `reduce_prompts` table.
         misfits: The same of those that the SAE does not fit.
         null_tables: The same of null members.
@@ -36,9 +38,24 @@ class Reduction:
     floors: Mapping[str, float]
     calibration: Calibration | None
     statuses: Mapping[str, Status]
+    null_statuses: Mapping[str, Status]
     tables: Mapping[str, Any]
     misfits: Mapping[str, Any]
     null_tables: Mapping[str, Any]
+
+    def describe_null(self) -> list[str]:
+        """What must be said of null members that have no result."""
+        lost = {name: one for name, one in self.null_statuses.items() if one[0] != "ok"}
+        if not lost:
+            return []
+        counts = ", ".join(
+            f"{num} {status}" for status, num in Counter(status for status, _ in lost.values()).items()
+        )
+        name, (_, reason) = next(iter(lost.items()))
+        return [
+            f"No candidate is held to {len(lost)} of {len(self.null_statuses)} null members, {counts}: "
+            f"{name} for one, {reason}"
+        ]
 
 
 def reduce_committed(plan: Plan, failures: Failures) -> Reduction:
@@ -52,7 +69,7 @@ def reduce_committed(plan: Plan, failures: Failures) -> Reduction:
     calibration = read_calibration(plan.store.root, plan.base_unit.stratum)
     comparable = [row for row in plan.rows if statuses[row.id][0] == "ok"]
     if not any(row.role == "candidate" for row in comparable):
-        return Reduction(None, {}, calibration, _of_candidates(plan, statuses), {}, {}, {})
+        return Reduction(None, {}, calibration, *_by_role(plan, statuses), {}, {}, {})
     base = plan.store.read_rows(plan.base_unit.key)
 
     def sums_of(unit_key: str) -> Any:
@@ -82,15 +99,16 @@ def reduce_committed(plan: Plan, failures: Failures) -> Reduction:
         base,
         floors,
         calibration,
-        _of_candidates(plan, statuses),
+        *_by_role(plan, statuses),
         tables["candidate"],
         tables[MISFIT],
         tables["null"],
     )
 
 
-def _of_candidates(plan: Plan, statuses: Mapping[str, Status]) -> dict[str, Status]:
-    return {row.id: statuses[row.id] for row in plan.candidates}
+def _by_role(plan: Plan, statuses: Mapping[str, Status]) -> tuple[dict[str, Status], dict[str, Status]]:
+    of_candidates = {row.id: statuses[row.id] for row in plan.candidates}
+    return of_candidates, {row.id: statuses[row.id] for row in plan.nulls}
 
 
 def _status(row: Row, failures: Failures) -> Status:

@@ -211,6 +211,8 @@ def test_null_members_are_audited_and_are_no_candidates(hub: Hub, tmp_path: Path
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [row["id"] for row in summary["candidates"]] == ["small"]
     assert sum(summary["counts"].values()) == 1
+    said = "No candidate is held to 2 of 4 null members, 2 skipped: null/empty for one, skipped:no_weights"
+    assert any(limit.startswith(said) for limit in summary["limits"])
     (commit,) = set((tmp_path / "out" / "store" / "commits").iterdir()) - before
     assert json.loads(commit.read_text())["record"]["name"] == "null/small"
     assert main(["plan", *hub.arguments, f"null.path={tmp_path}/none"]) == 4

@@ -221,7 +221,7 @@ def make_summary(num_null: int = 70) -> dict[str, Any]:
             f"candidates {above} score above them all, where chance alone would put "
             f"{len(rows) / (num_null + 1):.2g}"
             if num_null
-            else f"No null population (0 benign finetunes given, 8 needed): scores rank {len(rows)} "
+            else f"No null population (0 benign finetunes with a result, 8 needed): scores rank {len(rows)} "
             "candidates, they are not error rates",
         ],
     }  # fmt: skip
