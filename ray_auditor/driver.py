@@ -183,7 +183,7 @@ def run_stages(
             raise BaseFailed(task, failure)
 
     def tell() -> None:
-        lost = Counter(
+        lost: Counter[str] = Counter(
             failure.status if isinstance(failure, CandidateError) else "failed"
             for failure in ended.values()
             if failure is not None
