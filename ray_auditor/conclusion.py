@@ -97,6 +97,9 @@ def conclude(plan: Plan, failures: Failures) -> int:
     mark_acknowledged(summary, read_acknowledgements(out_dir))
     summary["exit_code"] = exit_code_of(summary)
     summary = write_outputs(summary, out_dir)
+    console = Console()
+    print_summary(summary, console)
+    console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     # An exit code that cannot say that there are findings has not reported them.
     reported = () if summary["exit_code"] == EXIT_FAILED else flagged
     nulls, share = [row.unit.candidate_key for row in plan.nulls if row.unit], config.screen.share
@@ -106,9 +109,6 @@ def conclude(plan: Plan, failures: Failures) -> int:
         reported,
         clearing_of(small_key, config.screen.clear_below, nulls),
     )
-    console = Console()
-    print_summary(summary, console)
-    console.print(f"report: {out_dir / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     return int(summary["exit_code"])
 
 

@@ -343,6 +343,23 @@ def test_show_and_report_read_the_result_again(hub: Hub, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
+def test_findings_count_as_reported_once_they_are_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(hub.out, tmp_path / "out")
+    (tmp_path / "out" / "ledger.sqlite").unlink()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ray_auditor.conclusion.print_summary", interrupt)
+        assert hub.sweep(f"out_dir={tmp_path / 'out'}", "flag.only_new=true") == 130
+    assert "interrupted: what was committed is kept" in capsys.readouterr().err
+    assert hub.sweep(f"out_dir={tmp_path / 'out'}", "flag.only_new=true") == 1
+
+
+@pytest.mark.slow
 def test_a_rerun_repeats_nothing_and_a_new_candidate_costs_one_unit(hub: Hub) -> None:
     before, summary = hub.commits, hub.summary
     assert hub.sweep() == 1
@@ -399,9 +416,12 @@ def test_wrong_inputs_are_named_before_anything_runs(
 ) -> None:
     wide = save_sae(tmp_path / "far", make_sae(hook_layer=9))
     (tmp_path / "lonely").mkdir()
+    (tmp_path / "empty").mkdir()
     shutil.copy(hub.root / "suites" / "general.jsonl", tmp_path / "lonely")
     for override, said in (
-        (f"candidates.path={tmp_path}/none", "candidates.path"),
+        (f"candidates.path={tmp_path}/none", "which is not there"),
+        (f"candidates.path={tmp_path}/lonely/general.jsonl", "which is a file"),
+        (f"null.path={tmp_path}/empty", "null.path must hold at least one finetune"),
         (f"base.model={tmp_path}/none", "base.model"),
         (f"sae.path={tmp_path}/none", str(tmp_path / "none")),
         (f"sae.path={wide}", "sae.hook_name must lie within the base's 4 layers, got blocks.9"),
