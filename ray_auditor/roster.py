@@ -45,17 +45,22 @@ def list_rows(config: AuditConfig, remote: Remote | None, ledger: Ledger) -> Ite
         ledger: What earlier sweeps found out about it.
 
     Raises:
-        ValueError: A source is not there, or is itself a finetune.
+        ValueError: A source is not there, or is itself a finetune, or there is a null without members.
         SourceError: One stopped answering.
     """
+    null = [] if config.null.path is None else list_finetunes(config.null.path, "null.path")
+    if config.null.path is not None and not null:
+        raise ValueError(
+            f"null.path must hold at least one finetune, got {config.null.path!r}, which holds none; "
+            "train some with `ray-auditor null`, or leave it out"
+        )
     listing_path = ledger.path.with_name("listing.sqlite")
     for found in find_candidates(
         config.candidates, config.download, remote, listing_path=listing_path, ledger=ledger
     ):
         yield found, "candidate"
-    if config.null.path is not None:
-        for one in list_finetunes(config.null.path, "null.path"):
-            yield replace(one, id=NULL_PREFIX + one.id), "null"
+    for one in null:
+        yield replace(one, id=NULL_PREFIX + one.id), "null"
 
 
 def list_finetunes(path: str, setting: str) -> list[Found]:

@@ -34,8 +34,10 @@ def list_folder(path: str | Path) -> Iterator[Candidate | Refused]:
     """
     root = Path(path).expanduser()
     if not root.is_dir():
+        is_what = "is a file" if root.exists() else "is not there"
         raise ValueError(
-            f"candidates.path must be a folder with one sub-folder per finetune, got {str(path)!r}"
+            f"candidates.path must be a folder with one sub-folder per finetune, got {str(path)!r}, which "
+            f"{is_what}"
         )
     root = root.resolve()
     with os.scandir(root) as entries:
