@@ -303,7 +303,8 @@ def test_metrics_say_how_the_sweep_ended(hub: Hub) -> None:
     for status in ("ok", "flagged", "rejected", "skipped"):
         assert f'ray_auditor_candidates{{sweep="out",status="{status}"}} {counts[status]}' in lines
     refused = sum((row["reason"] or "").startswith("rejected:nonfinite") for row in hub.summary["candidates"])
-    assert f'ray_auditor_units{{sweep="out",state="failed"}} {refused}' in lines
+    assert f'ray_auditor_units{{sweep="out",state="rejected"}} {refused}' in lines
+    assert 'ray_auditor_units{sweep="out",state="failed"} 0' in lines
 
 
 def test_the_summary_follows_its_published_schema(hub: Hub) -> None:
