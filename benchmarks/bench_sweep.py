@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from plain_loop import DEVICE, Naive, dense_encoder
+from plain_loop import DEVICE, Naive, dense_encoder, plain_seconds, sync
 from safetensors.torch import load_file
 from sweep_models import (
     LORA_RANK,
@@ -45,12 +45,6 @@ from ray_auditor.worker import IN_FLIGHT, Assignment, Worker, WorkerSpec
 GATE_PROMPTS = 6
 READERS = 4  # as many as the engine starts at most
 READ_BYTES = 4 << 20  # at a time
-
-
-def sync() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def timed(call: Callable[[], object], repeats: int = 1) -> float:
@@ -117,7 +111,7 @@ def bare_seconds(worker: Worker, repeats: int) -> dict[str, float]:
     prompts = [{"prompt_token_ids": ids} for ids in worker._layout.token_ids]
     num_tokens = worker._spec.suites.num_tokens
     pack = pool.pack
-    pool.pack = lambda resid_ND: resid_ND[:, :1].clone()
+    pool.pack = lambda resid_ND, *_: resid_ND[:, :1].clone()
     call = {"pooling_task": "token_embed", "use_tqdm": False}
     bare = timed(lambda: worker._engine._llm.encode(prompts, **call), repeats)
     pool.pack = pack
@@ -125,35 +119,12 @@ def bare_seconds(worker: Worker, repeats: int) -> dict[str, float]:
     assert schedule is not None
     recorded = timed(lambda: deque(schedule.run(worker._engine._model), 0), repeats)
     resid = torch.randn(step, worker._spec.sae.d_in, device=DEVICE, dtype=pool.encoder.W_enc_DF.dtype)
-    pack(resid)
+    pack(resid, pool.encoder)
     return {
         "bare": bare,
         "recorded": recorded,
-        "encode_alone": timed(lambda: pack(resid), repeats) * num_tokens / step,
+        "encode_alone": timed(lambda: pack(resid, pool.encoder), repeats) * num_tokens / step,
     }
-
-
-def plain_seconds(
-    name: str, folder: Path, shape: Shape, encode: Callable[[Tensor], Tensor], prompts: list[list[int]]
-) -> dict[str, float]:
-    """The plain loop over one candidate, from its folder to rows on the host.
-
-    Args:
-        name: `DTYPE-BATCH`, or `DTYPE-BATCH-trimmed` for one that stops at the hook.
-        folder: The candidate's.
-        shape: Its shape.
-        encode: As `dense_encoder` makes it; made once, as ours is.
-        prompts: Token ids.
-    """
-    dtype, batch_size, *trimmed = name.split("-")
-    begun = sync()
-    loop = Naive(folder, shape, encode, getattr(torch, dtype), is_trimmed=bool(trimmed))
-    loaded = sync()
-    for _ in loop.rows(prompts, int(batch_size)):
-        pass
-    found = {"total": sync() - begun, "load": loaded - begun}
-    print(f"plain loop, {name}: {found}", flush=True)
-    return found
 
 
 def audit_all(worker: Worker, found: list[Admitted], unit: Callable[[str], Unit]) -> list[dict[str, float]]:

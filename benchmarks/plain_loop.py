@@ -2,6 +2,7 @@
 
 # Shape suffixes: B prompts of a batch, T tokens of a prompt, D = d_in, K = kept features.
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from torch import Tensor
 from ray_auditor.sae import Sae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sync() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Naive:
@@ -71,3 +78,26 @@ def dense_encoder(sae: Sae) -> Callable[[Tensor], Tensor]:
     oracle = StandardSAE(StandardSAEConfig(d_in=sae.d_in, d_sae=sae.d_sae, device=DEVICE))
     oracle.load_state_dict(weights | {"W_dec": encoder.W_dec_FD.to(DEVICE)})
     return lambda x: oracle.encode(x.float())
+
+
+def plain_seconds(
+    name: str, folder: Path, shape: Shape, encode: Callable[[Tensor], Tensor], prompts: list[list[int]]
+) -> dict[str, float]:
+    """The plain loop over one candidate, from its folder to rows on the host.
+
+    Args:
+        name: `DTYPE-BATCH`, or `DTYPE-BATCH-trimmed` for one that stops at the hook.
+        folder: The candidate's.
+        shape: Its shape.
+        encode: As `dense_encoder` makes it; made once, as ours is.
+        prompts: Token ids.
+    """
+    dtype, batch_size, *trimmed = name.split("-")
+    begun = sync()
+    loop = Naive(folder, shape, encode, getattr(torch, dtype), is_trimmed=bool(trimmed))
+    loaded = sync()
+    for _ in loop.rows(prompts, int(batch_size)):
+        pass
+    found = {"total": sync() - begun, "load": loaded - begun}
+    print(f"plain loop, {name}: {found}", flush=True)
+    return found

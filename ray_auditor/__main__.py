@@ -114,7 +114,7 @@ def _check_words(verb: str, words: Sequence[str]) -> None:
             names = " ".join(name.upper() for name in WORDS.get(verb, ()))
             remedy = f"{names} comes right after {verb}" if names else "see ray-auditor --help"
             raise ValueError(f"words after {verb} must be key=value, got {word!r}; {remedy}")
-        if key[:1] in {"", "-", "+", "~"} or not equals or "@" in key or key.startswith("hydra."):
+        if key[:1] in {"", "-", "+", "~"} or not equals or "@" in key or key.startswith(("hydra.", "hydra/")):
             continue
         if key not in known and not key.startswith("budget.prices."):
             near = difflib.get_close_matches(key, known, n=3)

@@ -18,9 +18,8 @@ from ray_auditor.config import ClusterConfig
 from ray_auditor.dashboard import refuse_exposed
 from ray_auditor.hub.secret import without_secrets
 
-SPIN_COUNT = (
-    "5000"  # rounds; libgomp's own bound, which is far higher, holds out against whoever needs the core
-)
+# Rounds; libgomp's own bound, which is far higher, holds out against whoever needs the core.
+SPIN_COUNT = "5000"
 LOOK_S = 1.0
 ASK_AGAIN_S = 0.1
 GONE = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH}  # what says so, besides a timeout
